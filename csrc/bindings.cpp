@@ -1,0 +1,61 @@
+// Registration only: the CPU implementations of the ops that vgg_fast/ops declares, through PyTorch's stable ABI.
+#include <torch/csrc/stable/library.h>
+
+#include <Python.h>
+
+#include "cpu/torch_cpu.h"
+
+namespace vgg_fast {
+namespace {
+
+DType dtype_named(const std::string& name) {
+  if (name == "float32") return DType::f32;
+  if (name == "bfloat16") return DType::bf16;
+  if (name == "float16") return DType::f16;
+  STD_TORCH_CHECK(false, "dtype must be float32, bfloat16 or float16, not ", name);
+}
+
+std::string cpu_select(const std::string& dtype, const std::string& kernel, const std::string& flags) {
+  return find_microkernel(kernel, dtype_named(dtype), flags).name;
+}
+
+std::string cpu_kernels() {
+  std::string names;
+  for (const MicroKernel* k = microkernels_begin(); k != microkernels_end(); ++k) {
+    names += std::string(names.empty() ? "" : " ") + k->name;
+  }
+  return names;
+}
+
+std::string cpu_flags_op() { return cpu_flags(); }
+
+int64_t cpu_packed_words(int64_t cout, int64_t cin, const std::string& kernel) {
+  for (const MicroKernel* k = microkernels_begin(); k != microkernels_end(); ++k) {
+    if (kernel == k->name) return k->weight_words(cout, cin);
+  }
+  STD_TORCH_CHECK(false, "there is no CPU kernel '", kernel, "'; the kernels are ", cpu_kernels());
+}
+
+}  // namespace
+}  // namespace vgg_fast
+
+STABLE_TORCH_LIBRARY_IMPL(vgg_fast, CPU, m) {
+  m.impl("conv3x3", TORCH_BOX(&vgg_fast::conv3x3_cpu));
+  m.impl("maxpool2x2", TORCH_BOX(&vgg_fast::maxpool2x2_cpu));
+  m.impl("pack", TORCH_BOX(&vgg_fast::pack_cpu));
+  m.impl("conv_stack", TORCH_BOX(&vgg_fast::conv_stack_cpu));
+  m.impl("fingerprint", TORCH_BOX(&vgg_fast::fingerprint_cpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vgg_fast, CompositeExplicitAutograd, m) {
+  m.impl("cpu_select", TORCH_BOX(&vgg_fast::cpu_select));
+  m.impl("cpu_kernels", TORCH_BOX(&vgg_fast::cpu_kernels));
+  m.impl("cpu_packed_words", TORCH_BOX(&vgg_fast::cpu_packed_words));
+  m.impl("cpu_flags", TORCH_BOX(&vgg_fast::cpu_flags_op));
+}
+
+// Importing vgg_fast._C loads this library, and loading it registers the ops; the module itself is empty.
+PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

@@ -1,0 +1,91 @@
+// What the Torch-facing files and the micro-kernels agree on. Plain C++: no torch, no intrinsics.
+//
+// Layouts (b = 16 fp32 or 32 bf16 channels: one channel block of one pixel is one 64-byte cache line)
+//
+//   activations  [C / b][H + 2][W + 2][b]            a border of zeros is the padding
+//                  +- block -+- row -+- pixel -+
+//   a pixel's address is base + 64 * (block * (H + 2) * (W + 2) + row * (W + 2) + column), so a tap is a constant offset
+//
+//   weights      [Cout / g][Cin / b][9][16][g] words  g = channels per group, a property of the micro-kernel
+//                  +- group -+- block -+- tap -+- word -+- lane -+
+//   a word is 4 bytes: one fp32 channel, or two neighbouring bf16 channels (VNNI)
+//
+// The order of summation of every output is block, tap, word: it depends on nothing but Cin, hence the same bits for
+// every batch size, position and number of threads.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace vgg_fast {
+
+constexpr int64_t kLine = 64;   // bytes of one channel block of one pixel
+constexpr int64_t kWords = 16;  // words in it
+constexpr int64_t kTaps = 9;
+constexpr int64_t kVector = 16;  // output channels of one store of the epilogue
+
+enum class DType { f32, bf16, f16 };
+
+constexpr int64_t element_size(DType t) { return t == DType::f32 ? 4 : 2; }
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// One convolution of one image: y = relu(conv(x, weight) * scale + shift), pooled where asked.
+struct Conv3x3Args {
+  const char* x;           // [cin_blocks][h + 2][w + 2][16] words
+  const uint32_t* weight;  // [groups][cin_blocks][taps][16][g] words
+  const float* scale;      // [groups * g], >= 0 (the sign is in the weights), so that pooling may come first
+  const float* shift;      // [groups * g]
+  char* y;                 // where output pixel (0, 0) of channel 0 goes
+  int64_t y_pixel;         // bytes from one output pixel to the next,
+  int64_t y_row;           // from one output row to the next,
+  int64_t y_group;         // from one channel group to the next,
+  int64_t y_vector;        // and from one 16-channel vector of a group to the next
+  int64_t h, w;            // of the convolution, before pooling
+  int64_t cin_blocks;
+  int64_t last_words;   // words of the last block that hold channels; the others are never multiplied by inf or NaN
+  int64_t cout;         // channels that exist; the lanes past them are written as zeros
+  int64_t cout_stored;  // channels that y has room for, a multiple of 16
+  int64_t taps;         // 9; 1 when x holds the 3x3 neighbourhoods themselves (im2col)
+  bool relu, pool;
+  DType round_to;  // precision of the result
+  DType store_as;  // its type in memory
+};
+
+// Convolution rows [row_begin, row_end) of one group of output channels; row_begin is even when pooling.
+// scratch: scratch_floats(w) floats, 64-byte aligned.
+using Conv3x3Fn = void (*)(const Conv3x3Args& args, int64_t group, int64_t row_begin, int64_t row_end, float* scratch);
+
+struct MicroKernel {
+  const char* name;
+  const char* cap;    // the VGG_FAST_ISA level that admits it: portable, avx2, avx512, amx
+  const char* flags;  // CPU flags it needs, separated by blanks
+  DType compute;      // type of the words: f32, or bf16 pairs
+  int64_t group;      // output channels of one call
+  int64_t rows;       // convolution rows that one call works on best; its scratch holds as many
+  bool im2col;        // wants the neighbourhoods of a first layer (9 * Cin <= 32) laid out by pixel
+  Conv3x3Fn run;
+
+  int64_t block() const { return compute == DType::f32 ? kWords : 2 * kWords; }  // channels per block
+  bool gathers(int64_t cin) const { return im2col && kTaps * cin <= block(); }
+  int64_t groups(int64_t cout) const { return ceil_div(cout, group); }
+  int64_t cin_blocks(int64_t cin) const { return gathers(cin) ? 1 : ceil_div(cin, block()); }
+  int64_t taps(int64_t cin) const { return gathers(cin) ? 1 : kTaps; }
+  // Words of a packed weight, and floats of the scratch that `run` needs for maps of this width.
+  int64_t weight_words(int64_t cout, int64_t cin) const {
+    return groups(cout) * cin_blocks(cin) * taps(cin) * kWords * group;
+  }
+  // Two more tiles of 32 pixels: the AMX kernel computes whole tiles and drops what lies past the last pixel.
+  int64_t scratch_floats(int64_t w) const { return (rows * (w + 2) + 64) * group; }
+};
+
+// The table, best first, and its end.
+const MicroKernel* microkernels_begin();
+const MicroKernel* microkernels_end();
+
+void conv3x3_portable_f32(const Conv3x3Args&, int64_t group, int64_t row_begin, int64_t row_end, float* scratch);
+void conv3x3_avx2_f32(const Conv3x3Args&, int64_t group, int64_t row_begin, int64_t row_end, float* scratch);
+void conv3x3_avx512_f32(const Conv3x3Args&, int64_t group, int64_t row_begin, int64_t row_end, float* scratch);
+void conv3x3_avx512_bf16(const Conv3x3Args&, int64_t group, int64_t row_begin, int64_t row_end, float* scratch);
+void conv3x3_amx_bf16(const Conv3x3Args&, int64_t group, int64_t row_begin, int64_t row_end, float* scratch);
+
+}  // namespace vgg_fast

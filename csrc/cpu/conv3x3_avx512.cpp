@@ -1,0 +1,34 @@
+// fp32 with AVX-512: 14 pixels x 32 channels are 28 of the 32 registers, and 14 divides every width of a 224 VGG.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "../conv3x3.h"
+
+#define VGG_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
+
+namespace vgg_fast {
+namespace {
+
+#include "isa_avx512.inl"
+
+struct Avx512F32 : Avx512 {
+  static constexpr int kPixels = 14;
+  using Words = __m512;
+  VGG_TARGET static Words load_words(const uint32_t* p) { return _mm512_loadu_ps(p); }
+  VGG_TARGET static Words broadcast_word(const char* p) {
+    return _mm512_set1_ps(*reinterpret_cast<const float*>(p));
+  }
+  VGG_TARGET static Vec dot(Words x, Words w, Vec acc) { return _mm512_fmadd_ps(x, w, acc); }
+};
+
+#include "conv3x3_rows.inl"
+
+}  // namespace
+
+VGG_TARGET void conv3x3_avx512_f32(const Conv3x3Args& args, int64_t group, int64_t row_begin, int64_t row_end,
+                                   float* scratch) {
+  conv3x3_rows<Avx512F32>(args, group, row_begin, row_end, scratch);
+}
+
+}  // namespace vgg_fast
+#endif

@@ -1,0 +1,126 @@
+// The two halves of every micro-kernel, as templates over an Isa. An ISA file defines VGG_TARGET (the function attribute
+// of its instruction set), then its Isa inside an anonymous namespace, then includes this file there.
+//
+//   Isa::kLanes   fp32 lanes of a Vec              Isa::kGroup    output channels per call
+//   Isa::kPixels  most pixels of a register block  Isa::Words     kLanes words of x or weights
+//
+// accumulate_row: raw accumulators of one convolution row, [w][kGroup] floats
+// epilogue_row:   one output row from one (or, pooling, two) rows of accumulators
+
+// P pixels x kGroup channels stay in registers over the whole sum.
+template <class Isa, int P>
+VGG_TARGET inline void accumulate_pixels(const Conv3x3Args& a, const char* x, const uint32_t* weight, float* out) {
+  constexpr int kVecs = Isa::kGroup / Isa::kLanes;
+  const int64_t row = (a.w + 2) * kLine, block = (a.h + 2) * row;
+  typename Isa::Vec acc[P][kVecs];
+  for (int p = 0; p < P; ++p)
+    for (int v = 0; v < kVecs; ++v) acc[p][v] = Isa::zero();
+  for (int64_t b = 0; b < a.cin_blocks; ++b) {
+    const int64_t words = b + 1 == a.cin_blocks ? a.last_words : kWords;
+    for (int64_t tap = 0; tap < kTaps; ++tap) {
+      const char* pixels = x + b * block + (tap / 3) * row + (tap % 3) * kLine;
+      const uint32_t* lanes = weight + (b * kTaps + tap) * kWords * Isa::kGroup;
+      for (int64_t k = 0; k < words; ++k) {
+        typename Isa::Words w[kVecs];
+        for (int v = 0; v < kVecs; ++v) w[v] = Isa::load_words(lanes + k * Isa::kGroup + v * Isa::kLanes);
+        for (int p = 0; p < P; ++p) {
+          const typename Isa::Words value = Isa::broadcast_word(pixels + p * kLine + k * 4);
+          for (int v = 0; v < kVecs; ++v) acc[p][v] = Isa::dot(value, w[v], acc[p][v]);
+        }
+      }
+    }
+  }
+  for (int p = 0; p < P; ++p)
+    for (int v = 0; v < kVecs; ++v) Isa::store(out + p * Isa::kGroup + v * Isa::kLanes, acc[p][v]);
+}
+
+template <class Isa, int P = Isa::kPixels>
+VGG_TARGET inline void accumulate_some(int64_t pixels, const Conv3x3Args& a, const char* x, const uint32_t* weight,
+                                       float* out) {
+  if (pixels == P) {
+    accumulate_pixels<Isa, P>(a, x, weight, out);
+  } else if constexpr (P > 1) {
+    accumulate_some<Isa, P - 1>(pixels, a, x, weight, out);
+  }
+}
+
+template <class Isa>
+VGG_TARGET inline void accumulate_row(const Conv3x3Args& a, int64_t group, int64_t row, float* out) {
+  const uint32_t* weight = a.weight + group * a.cin_blocks * kTaps * kWords * Isa::kGroup;
+  const char* x = a.x + row * (a.w + 2) * kLine;
+  // As few register blocks as can be, of even size: a remainder of one pixel would run at a fraction of the speed.
+  const int64_t tiles = ceil_div(a.w, Isa::kPixels);
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t begin = t * a.w / tiles, end = (t + 1) * a.w / tiles;
+    accumulate_some<Isa>(end - begin, a, x + begin * kLine, weight, out + begin * Isa::kGroup);
+  }
+}
+
+// Where the type in memory and the precision differ, the blocked layout of an fp32 kernel holds rounded bf16 or fp16.
+template <class Isa, bool kPool, DType kRound, DType kStore>
+VGG_TARGET inline void epilogue_row_as(const Conv3x3Args& a, int64_t group, int64_t out_row, const float* top,
+                                       const float* bottom) {
+  const typename Isa::Vec floor = Isa::splat(a.relu ? 0.0f : -__builtin_inff());
+  const int64_t width = kPool ? a.w / 2 : a.w;
+  for (int64_t c = 0; c < Isa::kGroup; c += Isa::kLanes) {
+    const int64_t channel = group * Isa::kGroup + c;
+    if (channel >= a.cout_stored) break;
+    const typename Isa::Vec scale = Isa::load(a.scale + channel), shift = Isa::load(a.shift + channel);
+    const typename Isa::Mask exist = Isa::first_lanes(a.cout - channel);
+    char* y = a.y + group * a.y_group + out_row * a.y_row + (c / kVector) * a.y_vector +
+              (c % kVector) * element_size(kStore);
+    for (int64_t p = 0; p < width; ++p, y += a.y_pixel) {
+      typename Isa::Vec v;
+      if constexpr (kPool) {
+        const int64_t left = 2 * p * Isa::kGroup + c, right = left + Isa::kGroup;
+        v = Isa::max_or_nan(Isa::max_or_nan(Isa::load(top + left), Isa::load(top + right)),
+                            Isa::max_or_nan(Isa::load(bottom + left), Isa::load(bottom + right)));
+      } else {
+        v = Isa::load(top + p * Isa::kGroup + c);
+      }
+      v = Isa::clamp_below(Isa::multiply_add(v, scale, shift), floor);
+      v = Isa::keep(v, exist);
+      if constexpr (kStore == DType::bf16) {
+        Isa::store_bf16(y, v);
+      } else if constexpr (kStore == DType::f16) {
+        Isa::store_f16(y, v);
+      } else if constexpr (kRound == DType::bf16) {
+        Isa::store(reinterpret_cast<float*>(y), Isa::round_bf16(v));
+      } else if constexpr (kRound == DType::f16) {
+        Isa::store(reinterpret_cast<float*>(y), Isa::round_f16(v));
+      } else {
+        Isa::store(reinterpret_cast<float*>(y), v);
+      }
+    }
+  }
+}
+
+template <class Isa, bool kPool>
+VGG_TARGET inline void epilogue_row(const Conv3x3Args& a, int64_t group, int64_t out_row, const float* top,
+                                    const float* bottom) {
+  constexpr auto f32 = DType::f32, bf16 = DType::bf16, f16 = DType::f16;
+  if (a.store_as == bf16) return epilogue_row_as<Isa, kPool, bf16, bf16>(a, group, out_row, top, bottom);
+  if (a.store_as == f16) return epilogue_row_as<Isa, kPool, f16, f16>(a, group, out_row, top, bottom);
+  if (a.round_to == bf16) return epilogue_row_as<Isa, kPool, bf16, f32>(a, group, out_row, top, bottom);
+  if (a.round_to == f16) return epilogue_row_as<Isa, kPool, f16, f32>(a, group, out_row, top, bottom);
+  epilogue_row_as<Isa, kPool, f32, f32>(a, group, out_row, top, bottom);
+}
+
+// The micro-kernel for ISAs that work a row off by itself.
+template <class Isa>
+VGG_TARGET inline void conv3x3_rows(const Conv3x3Args& a, int64_t group, int64_t row_begin, int64_t row_end,
+                                    float* scratch) {
+  float* below = scratch + a.w * Isa::kGroup;
+  if (a.pool) {
+    for (int64_t row = row_begin; row + 1 < row_end; row += 2) {
+      accumulate_row<Isa>(a, group, row, scratch);
+      accumulate_row<Isa>(a, group, row + 1, below);
+      epilogue_row<Isa, true>(a, group, row / 2, scratch, below);
+    }
+  } else {
+    for (int64_t row = row_begin; row < row_end; ++row) {
+      accumulate_row<Isa>(a, group, row, scratch);
+      epilogue_row<Isa, false>(a, group, row, scratch, nullptr);
+    }
+  }
+}

@@ -1,0 +1,197 @@
+// A chain of convolutions in one call. Between the layers the activations stay in the blocked layout of conv3x3.h, in two
+// buffers that take turns; only the first layer reads PyTorch's layout and only the last one writes it.
+#include <algorithm>
+#include <cstdint>
+
+#include "torch_cpu.h"
+
+namespace vgg_fast {
+namespace {
+
+enum Step : int64_t { kRelu = 1, kPool = 2 };  // vgg_fast.reference.Step
+
+struct Layer {
+  const uint32_t* weight;
+  const float* affine;  // [2][cout]
+  int64_t cin, cout, h, w;
+  bool relu, pool;
+
+  int64_t out_h() const { return pool ? h / 2 : h; }
+  int64_t out_w() const { return pool ? w / 2 : w; }
+};
+
+struct Stack {
+  const MicroKernel& kernel;
+  DType dtype;  // of the tensors, and the precision of every layer's result
+  std::vector<Layer> layers;
+  bool direct;  // the last layer writes the result itself
+
+  int64_t stored_blocks(const Layer& layer) const {
+    return ceil_div(kernel.groups(layer.cout) * kernel.group, kernel.block());
+  }
+  // Maps 0, 2, 4 ... live in the first buffer, 1, 3, 5 ... in the second; map i is the input of layer i.
+  int64_t map_size(size_t i) const {
+    if (i == 0) return map_bytes(kernel.cin_blocks(layers[0].cin), layers[0].h, layers[0].w);
+    const Layer& from = layers[i - 1];
+    return i == layers.size() && direct ? 0 : map_bytes(stored_blocks(from), from.out_h(), from.out_w());
+  }
+  int64_t buffer_size(size_t parity) const {
+    int64_t size = 0;
+    for (size_t i = parity; i <= layers.size(); i += 2) size = std::max(size, map_size(i));
+    return size;
+  }
+
+  void run(const Image& x, const Image& y, char* even, char* odd, const std::vector<std::vector<float>>& affines) const;
+  void run_layer(const Layer& layer, const char* in, char* out, const Image* y, const std::vector<float>& affine) const;
+};
+
+// A thread's accumulators. Kept between calls, as PyTorch's own CPU allocator caches nothing.
+float* scratch(int64_t floats) {
+  constexpr int64_t kAlign = kLine / sizeof(float);
+  thread_local std::vector<float> buffer;
+  if (int64_t(buffer.size()) < floats + kAlign) buffer.resize(floats + kAlign);
+  const auto address = reinterpret_cast<uintptr_t>(buffer.data());
+  return reinterpret_cast<float*>((address + kLine - 1) / kLine * kLine);
+}
+
+void Stack::run_layer(const Layer& layer, const char* in, char* out, const Image* y,
+                      const std::vector<float>& affine) const {
+  const int64_t groups = kernel.groups(layer.cout), lanes = groups * kernel.group, block = kernel.block();
+  Conv3x3Args args{};
+  args.x = in;
+  args.weight = layer.weight;
+  args.scale = affine.data();
+  args.shift = affine.data() + lanes;
+  args.h = layer.h;
+  args.w = layer.w;
+  args.cin_blocks = kernel.cin_blocks(layer.cin);
+  args.taps = kernel.taps(layer.cin);
+  const int64_t channels = args.taps == 1 ? kTaps * layer.cin : layer.cin;
+  args.last_words = ceil_div(channels - (args.cin_blocks - 1) * block, block / kWords);
+  args.cout = layer.cout;
+  args.relu = layer.relu;
+  args.pool = layer.pool;
+  args.round_to = dtype;
+  if (y != nullptr) {
+    const int64_t size = element_size(y->dtype);
+    args.y = y->data;
+    args.y_pixel = y->stride_w * size;
+    args.y_row = y->stride_h * size;
+    args.y_group = kernel.group * size;
+    args.y_vector = kVector * size;
+    args.cout_stored = layer.cout;
+    args.store_as = y->dtype;
+  } else {
+    const int64_t pitch = (layer.out_w() + 2) * kLine, plane = (layer.out_h() + 2) * pitch;
+    args.y = out + pitch + kLine;
+    args.y_pixel = kLine;
+    args.y_row = pitch;
+    args.y_group = kernel.group / block * plane;
+    args.y_vector = block == kVector ? plane : kVector * element_size(kernel.compute);
+    args.cout_stored = lanes;
+    args.store_as = kernel.compute;
+    torch::stable::parallel_for(0, stored_blocks(layer), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) clear_border(out, b, layer.out_h(), layer.out_w());
+    });
+  }
+  // The pool drops an odd last row; its convolution need not be computed.
+  const int64_t rows = layer.pool ? layer.h / 2 * 2 : layer.h, chunks = ceil_div(rows, kernel.rows);
+  // Groups outside: a group's weights stay in L2 while the rows pass by.
+  torch::stable::parallel_for(0, groups * chunks, 1, [&](int64_t begin, int64_t end) {
+    float* accumulators = scratch(kernel.scratch_floats(layer.w));
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t row = unit % chunks * kernel.rows;
+      kernel.run(args, unit / chunks, row, std::min(row + kernel.rows, rows), accumulators);
+    }
+  });
+}
+
+void Stack::run(const Image& x, const Image& y, char* even, char* odd,
+                const std::vector<std::vector<float>>& affines) const {
+  const bool gathered = kernel.gathers(x.c);
+  torch::stable::parallel_for(0, gathered ? x.h : x.h + 2, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) gathered ? gather_row(x, even, row) : pack_row(x, kernel, even, row);
+  });
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const bool last = i + 1 == layers.size();
+    run_layer(layers[i], even, odd, last && direct ? &y : nullptr, affines[i]);
+    std::swap(even, odd);
+  }
+  if (!direct) {
+    torch::stable::parallel_for(0, y.h, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) unpack_row(even, kernel, y, row);
+    });
+  }
+}
+
+}  // namespace
+
+Tensor conv_stack_cpu(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& affines,
+                      const std::vector<int64_t>& program, const std::string& kernel_name, bool channels_last) {
+  STD_TORCH_CHECK(x.dim() == 4, "conv_stack: x must be [N, C, H, W], got ", x.dim(), " dimensions");
+  STD_TORCH_CHECK(!program.empty() && weights.size() == program.size() && affines.size() == program.size(),
+                  "conv_stack: ", weights.size(), " weights and ", affines.size(), " affines for a program of ",
+                  program.size(), " steps; it needs one of each per step, and at least one");
+  const DType dtype = dtype_of(x, "conv_stack: x");
+  const MicroKernel& kernel = find_microkernel(kernel_name, dtype, cpu_flags());
+  Stack stack{kernel, dtype, {}, false};
+  std::vector<std::vector<float>> padded;  // per layer: scale, shift, with zeros for the lanes past Cout
+  int64_t channels = x.size(1), h = x.size(2), w = x.size(3);
+  STD_TORCH_CHECK(channels > 0 && h > 0 && w > 0, "conv_stack: x has no channels or no pixels: [", x.size(0), ", ",
+                  channels, ", ", h, ", ", w, "]");
+  for (size_t i = 0; i < program.size(); ++i) {
+    const Tensor &weight = weights[i], &affine = affines[i];
+    STD_TORCH_CHECK(affine.dim() == 2 && affine.size(0) == 2 && affine.scalar_type() == ScalarType::Float &&
+                        affine.is_contiguous() && affine.is_cpu(),
+                    "conv_stack: affine ", i, " must be a contiguous fp32 CPU tensor [2, Cout] as pack returns it");
+    Layer layer{};
+    layer.cin = channels;
+    layer.cout = affine.size(1);
+    layer.h = h;
+    layer.w = w;
+    layer.relu = program[i] & kRelu;
+    layer.pool = program[i] & kPool;
+    const int64_t words = kernel.weight_words(layer.cout, layer.cin);
+    STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Int && weight.numel() == words && weight.is_contiguous() &&
+                        weight.is_cpu(),
+                    "conv_stack: weight ", i, " is not what pack(..., '", kernel.name, "') returns for ", layer.cin,
+                    " -> ", layer.cout, " channels: ", weight.numel(), " words instead of ", words);
+    STD_TORCH_CHECK(!layer.pool || (h >= 2 && w >= 2), "conv_stack: a ", h, "x", w,
+                    " map cannot be pooled 2x2: Output size is too small");
+    layer.weight = static_cast<const uint32_t*>(weight.const_data_ptr());
+    layer.affine = static_cast<const float*>(affine.const_data_ptr());
+    const int64_t lanes = kernel.groups(layer.cout) * kernel.group;
+    std::vector<float>& vectors = padded.emplace_back(2 * lanes, 0.0f);
+    std::copy_n(layer.affine, layer.cout, vectors.begin());
+    std::copy_n(layer.affine + layer.cout, layer.cout, vectors.begin() + lanes);
+    h = layer.out_h();
+    w = layer.out_w();
+    channels = layer.cout;
+    stack.layers.push_back(layer);
+  }
+  stack.direct = channels_last && channels % kVector == 0;
+  Tensor y = empty_image(x, x.size(0), channels, h, w, channels_last);
+  const int64_t n = x.size(0), threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+  if (n == 0) return y;
+  // As many images at a time as there are threads, each thread on its own: no waiting between layers. What is left over
+  // is shared out layer by layer; parallel_for runs serially inside itself.
+  const int64_t alone = n / threads * threads;
+  const int64_t even = stack.buffer_size(0), odd = stack.buffer_size(1);
+  const Tensor workspace = torch::stable::empty({(alone ? threads : 1) * (even + odd) + kLine}, ScalarType::Byte,
+                                                std::nullopt, x.device());
+  const auto address = reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr());
+  char* base = reinterpret_cast<char*>((address + kLine - 1) / kLine * kLine);
+  auto run_image = [&](int64_t image, int64_t slot) {
+    char* buffer = base + slot * (even + odd);
+    stack.run(image_of(x, dtype, image), image_of(y, dtype, image), buffer, buffer + even, padded);
+  };
+  torch::stable::parallel_for(0, alone ? threads : 0, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t slot = begin; slot < end; ++slot) {
+      for (int64_t image = slot; image < alone; image += threads) run_image(image, slot);
+    }
+  });
+  for (int64_t image = alone; image < n; ++image) run_image(image, 0);
+  return y;
+}
+
+}  // namespace vgg_fast

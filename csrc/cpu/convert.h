@@ -1,0 +1,47 @@
+// Scalar conversions of bf16 and fp16 bit patterns, round to nearest even. Plain C++.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+namespace vgg_fast {
+
+inline uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline float float_of(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline float bf16_to_float(uint16_t value) { return float_of(uint32_t{value} << 16); }
+
+inline uint16_t float_to_bf16(float value) {
+  const uint32_t bits = bits_of(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t((bits >> 16) | 0x40);  // a NaN stays one
+  return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+}
+
+inline float f16_to_float(uint16_t value) {
+  const uint32_t sign = uint32_t{value & 0x8000u} << 16, rest = value & 0x7fffu;
+  if (rest >= 0x7c00u) return float_of(sign | 0x7f800000u | ((rest & 0x3ffu) << 13));
+  // Scaling by 2^112 re-biases the exponent, and normalises denormals on the way.
+  const float magnitude = float_of(rest << 13) * 0x1p112f;
+  return float_of(sign | bits_of(magnitude));
+}
+
+inline uint16_t float_to_f16(float value) {
+  const uint32_t bits = bits_of(value), magnitude = bits & 0x7fffffffu;
+  const uint16_t sign = uint16_t((bits >> 16) & 0x8000u);
+  if (magnitude > 0x7f800000u) return uint16_t(sign | 0x7e00u);
+  if (magnitude >= 0x477ff000u) return uint16_t(sign | 0x7c00u);  // 65520 and above round to infinity
+  if (magnitude < 0x38800000u) {                                  // below 2^-14: the sum's last bit is 2^-24
+    return uint16_t(sign | (bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f)));
+  }
+  return uint16_t(sign | ((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1)) >> 13));
+}
+
+}  // namespace vgg_fast

@@ -1,0 +1,42 @@
+// Between PyTorch's strided tensors and the layouts of conv3x3.h. Plain C++.
+#pragma once
+#include "../conv3x3.h"
+
+namespace vgg_fast {
+
+// One image of a strided tensor; strides count elements.
+struct Image {
+  char* data;
+  DType dtype;
+  int64_t c, h, w;
+  int64_t stride_c, stride_h, stride_w;
+};
+
+// Bytes of a blocked map with its border, and the slack after it that whole AMX tiles may read (and drop).
+int64_t map_bytes(int64_t blocks, int64_t h, int64_t w);
+
+// Row `row` (0 .. h + 1, the border included) of every channel block of the map, from the image.
+void pack_row(const Image& image, const MicroKernel& kernel, char* map, int64_t row);
+
+// Row `row` (0 .. h - 1) of the map whose pixels are the image's 3x3 neighbourhoods, [tap][channel], zero-padded.
+void gather_row(const Image& image, char* map, int64_t row);
+
+// Zeros in the border of channel block `block`.
+void clear_border(char* map, int64_t block, int64_t h, int64_t w);
+
+// Row `row` (0 .. h - 1) of the image, from a blocked map of fp32 or bf16.
+void unpack_row(const char* map, const MicroKernel& kernel, const Image& image, int64_t row);
+
+// A plain OIHW weight; strides count elements.
+struct Weight {
+  const char* data;
+  DType dtype;
+  int64_t cout, cin;
+  int64_t stride[4];
+  const float* sign;  // [cout] of +1 / -1, multiplied in
+};
+
+// Channel group `group` of a packed weight (see conv3x3.h); channels and words that do not exist are zeros.
+void pack_weight_group(const Weight& weight, const MicroKernel& kernel, uint32_t* packed, int64_t group);
+
+}  // namespace vgg_fast

@@ -1,0 +1,125 @@
+#include "microkernels.h"
+
+#include <array>
+#include <cstdlib>
+#include <iterator>
+#include <sstream>
+#include <stdexcept>
+
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace vgg_fast {
+namespace {
+
+constexpr MicroKernel kTable[] = {
+#define MICROKERNEL(name, cap, flags, compute, group, rows, im2col) \
+  {#name, cap, flags, DType::compute, group, rows, im2col, conv3x3_##name},
+#include "microkernels.inc"
+#undef MICROKERNEL
+};
+
+constexpr std::array<const char*, 4> kCaps = {"portable", "avx2", "avx512", "amx"};
+
+size_t cap_level(const std::string& cap) {
+  for (size_t i = 0; i < kCaps.size(); ++i) {
+    if (cap == kCaps[i]) return i;
+  }
+  throw std::runtime_error("VGG_FAST_ISA is '" + cap + "'; it must be one of portable, avx2, avx512, amx (or unset)");
+}
+
+bool contains(const std::string& flags, const std::string& flag) {
+  return (" " + flags + " ").find(" " + flag + " ") != std::string::npos;
+}
+
+// Blank-separated flags of `wanted` that `flags` lacks.
+std::string missing(const std::string& wanted, const std::string& flags) {
+  std::istringstream stream(wanted);
+  std::string result;
+  for (std::string flag; stream >> flag;) {
+    if (!contains(flags, flag)) result += (result.empty() ? "" : " ") + flag;
+  }
+  return result;
+}
+
+bool takes(const MicroKernel& kernel, DType dtype) { return kernel.compute == DType::f32 || kernel.compute == dtype; }
+
+#if defined(__x86_64__)
+// Tile state is 8 KB that the kernel saves only for processes that asked for it.
+bool request_amx() {
+#if defined(__linux__)
+  constexpr long kArchReqXcompPerm = 0x1023, kXfeatureXtiledata = 18;
+  return syscall(SYS_arch_prctl, kArchReqXcompPerm, kXfeatureXtiledata) == 0;
+#else
+  return false;
+#endif
+}
+
+std::string detect() {
+  std::string flags;
+  auto add = [&flags](bool present, const char* name) {
+    if (present) flags += (flags.empty() ? "" : " ") + std::string(name);
+  };
+  __builtin_cpu_init();
+  add(__builtin_cpu_supports("avx2"), "avx2");
+  add(__builtin_cpu_supports("fma"), "fma");
+  add(__builtin_cpu_supports("f16c"), "f16c");
+  add(__builtin_cpu_supports("avx512f"), "avx512f");
+  add(__builtin_cpu_supports("avx512bw"), "avx512bw");
+  add(__builtin_cpu_supports("avx512vl"), "avx512vl");
+  add(__builtin_cpu_supports("avx512dq"), "avx512dq");
+  add(__builtin_cpu_supports("avx512bf16"), "avx512_bf16");
+  if (__builtin_cpu_supports("amx-tile") && request_amx()) {
+    add(true, "amx_tile");
+    add(__builtin_cpu_supports("amx-bf16"), "amx_bf16");
+  }
+  return flags;
+}
+#else
+std::string detect() { return ""; }
+#endif
+
+}  // namespace
+
+const MicroKernel* microkernels_begin() { return std::begin(kTable); }
+const MicroKernel* microkernels_end() { return std::end(kTable); }
+
+std::string cpu_flags() {
+  static const std::string detected = detect();
+  const char* cap = std::getenv("VGG_FAST_ISA");
+  if (cap == nullptr || *cap == '\0') return detected;
+  const size_t level = cap_level(cap);
+  std::istringstream stream(detected);
+  std::string result;
+  for (std::string flag; stream >> flag;) {
+    const size_t flag_level = flag.rfind("amx", 0) == 0 ? 3 : flag.rfind("avx512", 0) == 0 ? 2 : 1;
+    if (flag_level <= level) result += (result.empty() ? "" : " ") + flag;
+  }
+  return result;
+}
+
+const MicroKernel& select_microkernel(DType dtype, const std::string& flags) {
+  for (const MicroKernel& kernel : kTable) {
+    if (takes(kernel, dtype) && missing(kernel.flags, flags).empty()) return kernel;
+  }
+  throw std::logic_error("the portable micro-kernel takes everything");
+}
+
+const MicroKernel& find_microkernel(const std::string& name, DType dtype, const std::string& flags) {
+  if (name == "auto") return select_microkernel(dtype, flags);
+  std::string names;
+  for (const MicroKernel& kernel : kTable) {
+    names += std::string(names.empty() ? "" : ", ") + kernel.name;
+    if (name != kernel.name) continue;
+    if (!takes(kernel, dtype)) throw std::runtime_error("kernel '" + name + "' takes bf16 tensors only");
+    const std::string lacking = missing(kernel.flags, flags);
+    if (lacking.empty()) return kernel;
+    throw std::runtime_error("kernel '" + name + "' needs the CPU flags '" + lacking +
+                             "', which this machine lacks or VGG_FAST_ISA forbids");
+  }
+  throw std::runtime_error("there is no CPU kernel '" + name + "'; the kernels are auto, " + names);
+}
+
+}  // namespace vgg_fast

@@ -1,0 +1,20 @@
+// Which micro-kernels there are, which of them a CPU can run, and which one is chosen. Plain C++.
+#pragma once
+#include <string>
+
+#include "../conv3x3.h"
+
+namespace vgg_fast {
+
+// Flags of this CPU that any row of the table asks for, separated by blanks, less those that VGG_FAST_ISA forbids.
+// Raises std::runtime_error if VGG_FAST_ISA is none of portable, avx2, avx512, amx.
+std::string cpu_flags();
+
+// The first row of the table that `flags` can run and that takes tensors of this type: a pure function.
+const MicroKernel& select_microkernel(DType dtype, const std::string& flags);
+
+// The row with this name, which must take `dtype` and run under `flags`; "auto" selects.
+// Raises std::runtime_error naming the reasons otherwise.
+const MicroKernel& find_microkernel(const std::string& name, DType dtype, const std::string& flags);
+
+}  // namespace vgg_fast

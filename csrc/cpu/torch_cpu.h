@@ -1,0 +1,44 @@
+// Prototypes of the CPU implementations of the ops, and what the Torch-facing files share. See vgg_fast/ops for the
+// schemas.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "layout.h"
+#include "microkernels.h"
+
+namespace vgg_fast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+Tensor conv3x3_cpu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool relu, bool pool,
+                   const std::string& kernel);
+Tensor maxpool2x2_cpu(const Tensor& x);
+std::tuple<Tensor, Tensor> pack_cpu(const Tensor& weight, const std::optional<Tensor>& bias,
+                                    const std::optional<Tensor>& bn_mean, const std::optional<Tensor>& bn_var,
+                                    const std::optional<Tensor>& bn_weight, const std::optional<Tensor>& bn_bias,
+                                    double bn_eps, const std::string& kernel);
+Tensor conv_stack_cpu(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& affines,
+                      const std::vector<int64_t>& program, const std::string& kernel, bool channels_last);
+int64_t fingerprint_cpu(const std::vector<Tensor>& tensors);
+
+// The dtype, or an error that names `what` and the dtypes there are.
+DType dtype_of(const Tensor& tensor, const char* what);
+
+// PyTorch's Tensor::suggest_memory_format() == ChannelsLast, read off the strides.
+bool suggests_channels_last(const Tensor& tensor);
+
+// An uninitialised [n, c, h, w] tensor like `like`.
+Tensor empty_image(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w, bool channels_last);
+
+// One image of a 4-D tensor.
+Image image_of(const Tensor& tensor, DType dtype, int64_t n);
+
+}  // namespace vgg_fast

@@ -1,0 +1,8 @@
+"""Questions to the compiled CPU library: its table of micro-kernels and what this CPU can run (csrc/cpu/microkernels)."""
+
+from torch.library import define
+
+define("vgg_fast::cpu_kernels", "() -> str")
+define("vgg_fast::cpu_flags", "() -> str")
+define("vgg_fast::cpu_select", "(str dtype, str kernel, str flags) -> str")
+define("vgg_fast::cpu_packed_words", "(int cout, int cin, str kernel) -> int")

@@ -1,0 +1,39 @@
+"""``vgg_fast::fingerprint``: a hash of what tensors hold, cheap enough to take before every forward pass.
+
+All of a tensor of up to 1024 elements, and 64 elements of a larger one, evenly spread with both ends: every dense update
+changes it. Single-element edits behind PyTorch's back can miss it; that is what ``vgg_fast.refresh`` is for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.library import define, impl, register_fake
+
+define("vgg_fast::fingerprint", "(Tensor[] tensors) -> int")
+
+_WHOLE, _SAMPLE = 1024, 64
+
+
+@register_fake("vgg_fast::fingerprint")
+def _fake(tensors: Sequence[Tensor]) -> int:
+    # The value depends on data, which a traced graph does not have.
+    return torch.library.get_ctx().new_dynamic_size()
+
+
+def _python(tensors: Sequence[Tensor]) -> int:
+    samples = []
+    for tensor in tensors:
+        flat = tensor.detach().reshape(-1)
+        if flat.numel() > _WHOLE:
+            flat = flat[torch.linspace(0, flat.numel() - 1, _SAMPLE, dtype=torch.int64, device=flat.device)]
+        samples.append(flat.double())
+    return hash(torch.cat(samples).cpu().numpy().tobytes()) if samples else 0
+
+
+def register(keys: list[str]) -> None:
+    """Puts the Python implementation behind these dispatch keys."""
+    for key in keys:
+        impl("vgg_fast::fingerprint", key)(_python)

@@ -1,0 +1,65 @@
+"""``vgg_fast::maxpool2x2``: 2x2 max-pool with stride 2, ``[N, C, H, W]`` -> ``[N, C, H // 2, W // 2]``.
+
+A NaN in a window is passed on; the memory format is that of ``F.max_pool2d``. Differentiable, twice, deterministically.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.library import define, impl, register_autograd, register_fake
+
+from vgg_fast import reference, selection
+from vgg_fast.ops._layout import empty_image, suggests_channels_last
+
+define("vgg_fast::maxpool2x2", "(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def maxpool2x2(x: Tensor) -> Tensor:
+    """The op; see the module's docstring.
+
+    Example:
+        >>> maxpool2x2(torch.arange(16.0).reshape(1, 1, 4, 4)).flatten().tolist()
+        [5.0, 7.0, 13.0, 15.0]
+    """
+    return torch.ops.vgg_fast.maxpool2x2(x)
+
+
+@register_fake("vgg_fast::maxpool2x2")
+def _fake(x: Tensor) -> Tensor:
+    torch._check(x.dim() == 4, lambda: f"maxpool2x2: x must be [N, C, H, W], got {x.dim()} dimensions")
+    return empty_image(x, x.shape[1], x.shape[2] // 2, x.shape[3] // 2, suggests_channels_last(x))
+
+
+def _python(x: Tensor) -> Tensor:
+    if x.device.type == "cuda" and not selection.BACKENDS["triton"].unsupported(
+        selection.problem_on(x.dtype, x.device)
+    ):
+        from vgg_fast.kernels import maxpool2x2 as kernel
+
+        return kernel.maxpool2x2(x)
+    return reference.maxpool2x2(x)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> Tensor:
+    (x,) = ctx.saved_tensors
+    _, index = F.max_pool2d(x.detach(), 2, return_indices=True)
+    # Windows do not overlap, so no two gradients meet in one element: a scatter, not a sum.
+    flat = torch.zeros_like(x).flatten(2)
+    return flat.scatter(2, index.flatten(2), grad.flatten(2)).view_as(x)
+
+
+register_autograd("vgg_fast::maxpool2x2", _backward, setup_context=_setup_context)
+
+
+def register(keys: list[str]) -> None:
+    """Puts the Python implementation behind these dispatch keys."""
+    for key in keys:
+        impl("vgg_fast::maxpool2x2", key)(_python)

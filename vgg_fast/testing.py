@@ -1,0 +1,177 @@
+"""Shapes, inputs and derived tolerances that tests, ``vgg-fast verify`` and the benchmarks share.
+
+Tolerances are derived, not tuned: a K-term dot product accumulated in precision u is off by at most K*u*sum|x||w|
+(Higham, "Accuracy and Stability of Numerical Algorithms", section 3.1), whatever the order of summation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vgg_fast import reference
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A named problem: batch, channels and size, and the reason why it is in the table."""
+
+    name: str
+    n: int
+    cin: int
+    cout: int
+    h: int
+    w: int
+    why: str
+
+
+SHAPES = (
+    Shape("rgb", 1, 3, 64, 32, 32, "first layer: Cin=3, a K of 27"),
+    Shape("rgb_odd", 2, 3, 40, 17, 23, "first layer with odd sizes and a Cout that fills no register block"),
+    Shape("gray", 1, 1, 16, 9, 16, "Cin=1"),
+    Shape("block", 1, 64, 64, 28, 28, "whole channel blocks, no remainder anywhere"),
+    Shape("wide", 1, 32, 32, 4, 130, "a row longer than any tile"),
+    Shape("tall", 1, 32, 32, 67, 5, "rows shorter than any tile"),
+    Shape("deep", 1, 128, 96, 14, 14, "14x14 as in block 5; Cout = 3 blocks of 32"),
+    Shape("ragged", 3, 37, 53, 13, 11, "no dimension is a multiple of anything"),
+    Shape("one_pixel", 2, 16, 32, 1, 1, "every tap but the centre lies in the padding"),
+    Shape("one_row", 1, 16, 16, 1, 37, "H=1"),
+    Shape("two", 1, 33, 17, 2, 2, "the smallest map that can be pooled; one channel past a block"),
+)
+
+
+def shape(name: str) -> Shape:
+    """The entry of :data:`SHAPES` with this name."""
+    return next(s for s in SHAPES if s.name == name)
+
+
+def integer_tensor(*size: int, limit: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Random integers in [-limit, limit]: sums stay exact, so every order of summation gives the same bits.
+
+    Example:
+        >>> integer_tensor(2, 3, limit=4).abs().max() <= 4
+        tensor(True)
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-limit, limit + 1, size, generator=generator).to(dtype)
+
+
+def random_tensor(*size: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normal values from a seeded generator, rounded to ``dtype``."""
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def conv_inputs(
+    s: Shape, dtype: torch.dtype = torch.float32, integers: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(x, weight, bias)`` for a shape: random with the scale of a trained network, or small integers."""
+    sizes = ((s.n, s.cin, s.h, s.w), (s.cout, s.cin, 3, 3), (s.cout,))
+    if integers:
+        limits = (4, 2, 4)
+        x, weight, bias = (
+            integer_tensor(*size, limit=limit, seed=i, dtype=dtype)
+            for i, (size, limit) in enumerate(zip(sizes, limits, strict=True))
+        )
+        return x, weight, bias
+    x, weight, bias = (random_tensor(*size, seed=i) for i, size in enumerate(sizes))
+    return x.to(dtype), (weight * (2.0 / (9 * s.cin)) ** 0.5).to(dtype), bias.to(dtype)
+
+
+def conv_bound(
+    x: Tensor,
+    weight: Tensor,
+    affine: Tensor | None = None,
+    *,
+    pool: bool = False,
+    out_dtype: torch.dtype | None = None,
+    product_error: float = 0.0,
+) -> Tensor:
+    """Elementwise error bound of ``conv3x3`` with fp32 accumulation and one rounding at the end, in float64.
+
+    Args:
+        x: ``[N, Cin, H, W]``.
+        weight: ``[Cout, Cin, 3, 3]``.
+        affine: ``[2, Cout]`` scale and shift of the epilogue; None for scale 1 (a bias adds its own rounding below).
+        pool: the bound of the pooled result: the largest in each window.
+        out_dtype: the dtype the result is rounded to (default: of ``x``).
+        product_error: relative error of one product, for kernels that split or round their operands.
+
+    Returns:
+        float64 ``[N, Cout, H, W]`` or its pooled size.
+    """
+    u32 = 2.0**-24
+    k = 9 * x.shape[1]
+    magnitude = F.conv2d(x.double().abs(), weight.double().abs(), padding=1)
+    if affine is not None:
+        scale, shift = affine.double().abs()[:, :, None, None]
+        magnitude = magnitude * scale + shift
+    # k terms, then the two operations of the epilogue, then the rounding of the affine vectors themselves.
+    bound = magnitude * ((k + 4) * u32 + product_error)
+    rounding = torch.finfo(out_dtype or x.dtype).eps / 2
+    bound = bound + rounding * (magnitude + bound)
+    # Results below the smallest normal number may be flushed or rounded to a denormal.
+    bound = bound + torch.finfo(out_dtype or x.dtype).tiny
+    return F.max_pool2d(bound, 2) if pool else bound
+
+
+def assert_within(actual: Tensor, expected: Tensor, bound: Tensor, what: str = "result") -> None:
+    """Every element within its own bound of the float64 expectation; the border is judged separately.
+
+    A similarity over the whole map would pass with one wrong corner pixel, so the message tells where the worst element
+    is and whether it lies on the border.
+
+    Raises:
+        AssertionError: naming the worst element, its position, and the share of wrong elements on the border.
+    """
+    if actual.shape != expected.shape:
+        raise AssertionError(f"{what}: shape {tuple(actual.shape)} instead of {tuple(expected.shape)}")
+    if not actual.numel():
+        return
+    error = (actual.double() - expected.double()).abs()
+    same_special = (actual.isnan() & expected.isnan()) | (actual.double() == expected.double())
+    wrong = ~((error <= bound) | same_special)
+    if not wrong.any():
+        return
+    border = torch.zeros_like(wrong)
+    border[..., (0, -1), :] = True
+    border[..., (0, -1)] = True
+    excess = torch.where(wrong, (error / bound).nan_to_num(nan=float("inf")), torch.zeros_like(error))
+    position = tuple(int(i) for i in torch.unravel_index(excess.argmax(), excess.shape))
+    raise AssertionError(
+        f"{what}: {int(wrong.sum())} of {wrong.numel()} elements are off, {int((wrong & border).sum())} of them on the "
+        f"border; worst at {position}: {actual[position].item()} instead of {expected[position].item()}, "
+        f"{excess[position].item():.3g} times its bound {bound[position].item():.3g}"
+    )
+
+
+def assert_conv_close(
+    actual: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    relu: bool = False,
+    pool: bool = False,
+    product_error: float = 0.0,
+) -> None:
+    """``actual`` against ``reference.conv3x3`` in float64, with the bound of :func:`conv_bound`."""
+    expected = reference.conv3x3(
+        x.double(), weight.double(), None if bias is None else bias.double(), relu, pool
+    )
+    shift = torch.zeros(weight.shape[0]) if bias is None else bias.float()
+    affine = torch.stack([torch.ones_like(shift), shift])
+    bound = conv_bound(x, weight, affine, pool=pool, out_dtype=actual.dtype, product_error=product_error)
+    assert_within(actual, expected, bound, f"conv3x3 relu={relu} pool={pool} {actual.dtype}")
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of ``expected``, both in float64.
+
+    Example:
+        >>> relative_error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]))
+        0.0
+    """
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
