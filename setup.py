@@ -59,7 +59,10 @@ class BuildLibraries(build_ext):
             self.info[name] = f"{lacking} was found when vgg-fast was installed"
             self.warn(f"{self.info[name]}: installing without {ext.name}")
             return
-        ext.extra_compile_args += ["-isystem", str(torch / "include")]  # as system headers: their warnings are not ours
+        ext.extra_compile_args += [
+            "-isystem",
+            str(torch / "include"),
+        ]  # as system headers: their warnings are not ours
         ext.library_dirs.append(str(torch / "lib"))
         compile_all = self.compiler.compile
 
@@ -108,10 +111,21 @@ setup(
     ext_modules=[
         Extension(
             "vgg_fast._C",
-            sources=["csrc/bindings.cpp", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp"))],
+            sources=[
+                "csrc/bindings.cpp",
+                *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp")),
+            ],
             depends=[str(p.relative_to(ROOT)) for e in ("h", "inl", "inc") for p in (ROOT / "csrc").rglob(f"*.{e}")],
             define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET), ("Py_LIMITED_API", "0x030a0000")],
-            extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", *QUIET],
+            extra_compile_args=[
+                "-std=c++17",
+                "-O3",
+                "-g0",
+                "-fvisibility=hidden",
+                "-Wall",
+                "-Wextra",
+                *QUIET,
+            ],
             libraries=["torch_cpu", "c10"],
             py_limited_api=True,
             language="c++",

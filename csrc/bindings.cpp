@@ -1,7 +1,7 @@
-// Registration only: the CPU implementations of the ops that vgg_fast/ops declares, through PyTorch's stable ABI.
-#include <torch/csrc/stable/library.h>
-
+// Registration only: the CPU implementations of the ops that vgg_fast/ops declares, through PyTorch's stable
+// ABI.
 #include <Python.h>
+#include <torch/csrc/stable/library.h>
 
 #include "cpu/torch_cpu.h"
 

@@ -4,14 +4,15 @@
 //
 //   activations  [C / b][H + 2][W + 2][b]            a border of zeros is the padding
 //                  +- block -+- row -+- pixel -+
-//   a pixel's address is base + 64 * (block * (H + 2) * (W + 2) + row * (W + 2) + column), so a tap is a constant offset
+//   a pixel's address is base + 64 * (block * (H + 2) * (W + 2) + row * (W + 2) + column), so a tap is a
+//   constant offset
 //
 //   weights      [Cout / g][Cin / b][9][16][g] words  g = channels per group, a property of the micro-kernel
 //                  +- group -+- block -+- tap -+- word -+- lane -+
 //   a word is 4 bytes: one fp32 channel, or two neighbouring bf16 channels (VNNI)
 //
-// The order of summation of every output is block, tap, word: it depends on nothing but Cin, hence the same bits for
-// every batch size, position and number of threads.
+// The order of summation of every output is block, tap, word: it depends on nothing but Cin, hence the same
+// bits for every batch size, position and number of threads.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -42,7 +43,8 @@ struct Conv3x3Args {
   int64_t y_vector;        // and from one 16-channel vector of a group to the next
   int64_t h, w;            // of the convolution, before pooling
   int64_t cin_blocks;
-  int64_t last_words;   // words of the last block that hold channels; the others are never multiplied by inf or NaN
+  int64_t last_words;   // words of the last block that hold channels; the others are never multiplied by inf
+                        // or NaN
   int64_t cout;         // channels that exist; the lanes past them are written as zeros
   int64_t cout_stored;  // channels that y has room for, a multiple of 16
   int64_t taps;         // 9; 1 when x holds the 3x3 neighbourhoods themselves (im2col)

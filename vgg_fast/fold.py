@@ -1,9 +1,9 @@
 """Batch-norm in evaluation mode as a per-channel affine map in the epilogue of the convolution before it.
 
 The scale is *not* multiplied into the weights: in bf16 that would round every weight a second time. The epilogue has a
-float32 multiply-add per output for the bias anyway, so the scale rides along for nothing. Only its *sign* moves into the
-weights, which is exact in every dtype and leaves a scale >= 0: then the 2x2 max-pool commutes with the affine map and
-ReLU, and kernels may pool their raw accumulators.
+float32 multiply-add per output for the bias anyway, so the scale rides along for nothing. Only its *sign* moves into
+the weights, which is exact in every dtype and leaves a scale >= 0: then the 2x2 max-pool commutes with the affine map
+and ReLU, and kernels may pool their raw accumulators.
 """
 
 from __future__ import annotations

@@ -18,9 +18,7 @@ class Step(IntFlag):
     POOL = 2
 
 
-def conv3x3(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False, pool: bool = False
-) -> Tensor:
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False, pool: bool = False) -> Tensor:
     """3x3 convolution, stride 1, zero padding 1, then optional ReLU and 2x2/2 max-pool.
 
     Args:
@@ -74,12 +72,10 @@ def conv3x3_affine(x: Tensor, weight: Tensor, affine: Tensor, relu: bool, pool: 
     return (maxpool2x2(y) if pool else y).to(x.dtype)
 
 
-def conv_stack(
-    x: Tensor, weights: Sequence[Tensor], affines: Sequence[Tensor], program: Sequence[int]
-) -> Tensor:
+def conv_stack(x: Tensor, weights: Sequence[Tensor], affines: Sequence[Tensor], program: Sequence[int]) -> Tensor:
     """A chain of convolutions, ``program[i]`` (a :class:`Step`) saying what follows the i-th one.
 
-    Intermediate values are rounded to the dtype of ``x`` after each step, so the chain equals the steps taken one by one.
+    Intermediate values are rounded to the dtype of ``x``, so the chain equals the steps taken one by one.
     """
     for weight, affine, step in zip(weights, affines, program, strict=True):
         x = conv3x3_affine(x, weight, affine, bool(step & Step.RELU), bool(step & Step.POOL))

@@ -1,7 +1,7 @@
 """Which kernel runs a problem on a device, and why not another.
 
 Selection is a pure function of the dtype and the flags of an architecture, so tests can ask what a machine would choose
-that nobody here has. An explicitly named backend or kernel runs or raises; only ``auto`` may fall back to the reference.
+that nobody here has. A backend or kernel that is named runs or raises; only ``auto`` may fall back to plain PyTorch.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ class Problem:
 
 def _reasons(problem: Problem, device_type: str, *others: str | None) -> list[str]:
     """The reasons every backend may have, then its own; None is no reason."""
-    wrong_device = None if problem.device_type == device_type else f"it runs on {device_type}, not {problem.device_type}"
+    wrong_device = (
+        None if problem.device_type == device_type else f"it runs on {device_type}, not {problem.device_type}"
+    )
     wrong_dtype = None if problem.dtype in _DTYPES else f"it takes {', '.join(_DTYPES.values())}, not {problem.dtype}"
     return [reason for reason in (wrong_device, wrong_dtype, *others) if reason]
 
@@ -63,7 +65,7 @@ def _cuda_unsupported(problem: Problem) -> list[str]:
 
 @dataclass(frozen=True)
 class Backend:
-    """One row of :data:`BACKENDS`: its name, what it is, whether ``auto`` may take it, and why it cannot run a problem."""
+    """One row of :data:`BACKENDS`: name, description, whether ``auto`` may take it, why it cannot run a problem."""
 
     name: str
     what: str

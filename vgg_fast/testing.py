@@ -64,9 +64,7 @@ def random_tensor(*size: int, seed: int = 0, dtype: torch.dtype = torch.float32)
     return torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def conv_inputs(
-    s: Shape, dtype: torch.dtype = torch.float32, integers: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
+def conv_inputs(s: Shape, dtype: torch.dtype = torch.float32, integers: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """``(x, weight, bias)`` for a shape: random with the scale of a trained network, or small integers."""
     sizes = ((s.n, s.cin, s.h, s.w), (s.cout, s.cin, 3, 3), (s.cout,))
     if integers:
@@ -158,9 +156,7 @@ def assert_conv_close(
     product_error: float = 0.0,
 ) -> None:
     """``actual`` against ``reference.conv3x3`` in float64, with the bound of :func:`conv_bound`."""
-    expected = reference.conv3x3(
-        x.double(), weight.double(), None if bias is None else bias.double(), relu, pool
-    )
+    expected = reference.conv3x3(x.double(), weight.double(), None if bias is None else bias.double(), relu, pool)
     shift = torch.zeros(weight.shape[0]) if bias is None else bias.float()
     affine = torch.stack([torch.ones_like(shift), shift])
     bound = conv_bound(x, weight, affine, pool=pool, out_dtype=actual.dtype, product_error=product_error)

@@ -51,9 +51,8 @@ Image image_of(const Tensor& tensor, DType dtype, int64_t n) {
 Tensor conv3x3_cpu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool relu, bool pool,
                    const std::string& kernel) {
   STD_TORCH_CHECK(x.dim() == 4, "conv3x3: x must be [N, C, H, W], got ", x.dim(), " dimensions");
-  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(1) == x.size(1),
-                  "conv3x3: weight must be [Cout, ", x.size(1), ", 3, 3] for this x, got a Cin of ",
-                  weight.dim() == 4 ? weight.size(1) : -1);
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(1) == x.size(1), "conv3x3: weight must be [Cout, ", x.size(1),
+                  ", 3, 3] for this x, got a Cin of ", weight.dim() == 4 ? weight.size(1) : -1);
   STD_TORCH_CHECK(x.scalar_type() == weight.scalar_type(), "conv3x3: x and weight must have the same dtype");
   const std::string name = find_microkernel(kernel, dtype_of(x, "conv3x3: x"), cpu_flags()).name;
   const auto [packed, affine] =

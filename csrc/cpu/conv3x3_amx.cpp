@@ -1,6 +1,6 @@
-// bf16 on AMX. The rows of a chunk are one flat line of pixels, (w + 2) to a row: 16 neighbouring pixels of a channel
-// block are 1 KB in one piece, and every tap is a constant offset. The two border columns between rows cost a little
-// work whose results are dropped.
+// bf16 on AMX. The rows of a chunk are one flat line of pixels, (w + 2) to a row: 16 neighbouring pixels of a
+// channel block are 1 KB in one piece, and every tap is a constant offset. The two border columns between
+// rows cost a little work whose results are dropped.
 //
 //   tiles  0-3  accumulators  [2 x 16 pixels] x [2 x 16 channels], fp32
 //          4,5  x             [16 pixels][16 words]
@@ -17,8 +17,8 @@
 namespace vgg_fast {
 namespace {
 
-#include "isa_avx512.inl"
 #include "conv3x3_rows.inl"
+#include "isa_avx512.inl"
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -29,8 +29,8 @@ struct alignas(64) TileConfig {
 constexpr int64_t kTile = 16;  // pixels or channels of a tile
 constexpr int64_t kGroup = Avx512::kGroup;
 
-// 32 pixels x 32 channels of raw accumulators, [pixel][kGroup]. The four loads come first, then the four products:
-// interleaving them was measured to be slower (docs/performance.md).
+// 32 pixels x 32 channels of raw accumulators, [pixel][kGroup]. The four loads come first, then the four
+// products: interleaving them was measured to be slower (docs/performance.md).
 template <int kTapsPerBlock>
 VGG_TARGET inline void accumulate_tiles(const Conv3x3Args& a, const char* x, const uint32_t* weight, float* out) {
   const int64_t row = (a.w + 2) * kLine, block = (a.h + 2) * row;

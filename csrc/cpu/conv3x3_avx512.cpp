@@ -1,4 +1,5 @@
-// fp32 with AVX-512: 14 pixels x 32 channels are 28 of the 32 registers, and 14 divides every width of a 224 VGG.
+// fp32 with AVX-512: 14 pixels x 32 channels are 28 of the 32 registers, and 14 divides every width of a 224
+// VGG.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -15,9 +16,7 @@ struct Avx512F32 : Avx512 {
   static constexpr int kPixels = 14;
   using Words = __m512;
   VGG_TARGET static Words load_words(const uint32_t* p) { return _mm512_loadu_ps(p); }
-  VGG_TARGET static Words broadcast_word(const char* p) {
-    return _mm512_set1_ps(*reinterpret_cast<const float*>(p));
-  }
+  VGG_TARGET static Words broadcast_word(const char* p) { return _mm512_set1_ps(*reinterpret_cast<const float*>(p)); }
   VGG_TARGET static Vec dot(Words x, Words w, Vec acc) { return _mm512_fmadd_ps(x, w, acc); }
 };
 

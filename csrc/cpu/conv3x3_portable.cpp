@@ -1,8 +1,8 @@
 // fp32 on any CPU: the compiler splits a 16-lane vector into what the baseline instruction set has.
 #include <algorithm>
 
-#include "convert.h"
 #include "../conv3x3.h"
+#include "convert.h"
 
 #define VGG_TARGET
 

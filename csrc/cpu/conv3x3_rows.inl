@@ -1,5 +1,6 @@
-// The two halves of every micro-kernel, as templates over an Isa. An ISA file defines VGG_TARGET (the function attribute
-// of its instruction set), then its Isa inside an anonymous namespace, then includes this file there.
+// The two halves of every micro-kernel, as templates over an Isa. An ISA file defines VGG_TARGET (the
+// function attribute of its instruction set), then its Isa inside an anonymous namespace, then includes this
+// file there.
 //
 //   Isa::kLanes   fp32 lanes of a Vec              Isa::kGroup    output channels per call
 //   Isa::kPixels  most pixels of a register block  Isa::Words     kLanes words of x or weights
@@ -48,7 +49,8 @@ template <class Isa>
 VGG_TARGET inline void accumulate_row(const Conv3x3Args& a, int64_t group, int64_t row, float* out) {
   const uint32_t* weight = a.weight + group * a.cin_blocks * kTaps * kWords * Isa::kGroup;
   const char* x = a.x + row * (a.w + 2) * kLine;
-  // As few register blocks as can be, of even size: a remainder of one pixel would run at a fraction of the speed.
+  // As few register blocks as can be, of even size: a remainder of one pixel would run at a fraction of the
+  // speed.
   const int64_t tiles = ceil_div(a.w, Isa::kPixels);
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t begin = t * a.w / tiles, end = (t + 1) * a.w / tiles;
@@ -56,7 +58,8 @@ VGG_TARGET inline void accumulate_row(const Conv3x3Args& a, int64_t group, int64
   }
 }
 
-// Where the type in memory and the precision differ, the blocked layout of an fp32 kernel holds rounded bf16 or fp16.
+// Where the type in memory and the precision differ, the blocked layout of an fp32 kernel holds rounded bf16
+// or fp16.
 template <class Isa, bool kPool, DType kRound, DType kStore>
 VGG_TARGET inline void epilogue_row_as(const Conv3x3Args& a, int64_t group, int64_t out_row, const float* top,
                                        const float* bottom) {
@@ -67,8 +70,8 @@ VGG_TARGET inline void epilogue_row_as(const Conv3x3Args& a, int64_t group, int6
     if (channel >= a.cout_stored) break;
     const typename Isa::Vec scale = Isa::load(a.scale + channel), shift = Isa::load(a.shift + channel);
     const typename Isa::Mask exist = Isa::first_lanes(a.cout - channel);
-    char* y = a.y + group * a.y_group + out_row * a.y_row + (c / kVector) * a.y_vector +
-              (c % kVector) * element_size(kStore);
+    char* y =
+        a.y + group * a.y_group + out_row * a.y_row + (c / kVector) * a.y_vector + (c % kVector) * element_size(kStore);
     for (int64_t p = 0; p < width; ++p, y += a.y_pixel) {
       typename Isa::Vec v;
       if constexpr (kPool) {

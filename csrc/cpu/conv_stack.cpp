@@ -1,5 +1,6 @@
-// A chain of convolutions in one call. Between the layers the activations stay in the blocked layout of conv3x3.h, in two
-// buffers that take turns; only the first layer reads PyTorch's layout and only the last one writes it.
+// A chain of convolutions in one call. Between the layers the activations stay in the blocked layout of
+// conv3x3.h, in two buffers that take turns; only the first layer reads PyTorch's layout and only the last
+// one writes it.
 #include <algorithm>
 #include <cstdint>
 
@@ -152,10 +153,10 @@ Tensor conv_stack_cpu(const Tensor& x, const std::vector<Tensor>& weights, const
     layer.relu = program[i] & kRelu;
     layer.pool = program[i] & kPool;
     const int64_t words = kernel.weight_words(layer.cout, layer.cin);
-    STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Int && weight.numel() == words && weight.is_contiguous() &&
-                        weight.is_cpu(),
-                    "conv_stack: weight ", i, " is not what pack(..., '", kernel.name, "') returns for ", layer.cin,
-                    " -> ", layer.cout, " channels: ", weight.numel(), " words instead of ", words);
+    STD_TORCH_CHECK(
+        weight.scalar_type() == ScalarType::Int && weight.numel() == words && weight.is_contiguous() && weight.is_cpu(),
+        "conv_stack: weight ", i, " is not what pack(..., '", kernel.name, "') returns for ", layer.cin, " -> ",
+        layer.cout, " channels: ", weight.numel(), " words instead of ", words);
     STD_TORCH_CHECK(!layer.pool || (h >= 2 && w >= 2), "conv_stack: a ", h, "x", w,
                     " map cannot be pooled 2x2: Output size is too small");
     layer.weight = static_cast<const uint32_t*>(weight.const_data_ptr());
@@ -173,12 +174,12 @@ Tensor conv_stack_cpu(const Tensor& x, const std::vector<Tensor>& weights, const
   Tensor y = empty_image(x, x.size(0), channels, h, w, channels_last);
   const int64_t n = x.size(0), threads = std::max<int64_t>(1, torch::stable::get_num_threads());
   if (n == 0) return y;
-  // As many images at a time as there are threads, each thread on its own: no waiting between layers. What is left over
-  // is shared out layer by layer; parallel_for runs serially inside itself.
+  // As many images at a time as there are threads, each thread on its own: no waiting between layers. What is
+  // left over is shared out layer by layer; parallel_for runs serially inside itself.
   const int64_t alone = n / threads * threads;
   const int64_t even = stack.buffer_size(0), odd = stack.buffer_size(1);
-  const Tensor workspace = torch::stable::empty({(alone ? threads : 1) * (even + odd) + kLine}, ScalarType::Byte,
-                                                std::nullopt, x.device());
+  const Tensor workspace =
+      torch::stable::empty({(alone ? threads : 1) * (even + odd) + kLine}, ScalarType::Byte, std::nullopt, x.device());
   const auto address = reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr());
   char* base = reinterpret_cast<char*>((address + kLine - 1) / kLine * kLine);
   auto run_image = [&](int64_t image, int64_t slot) {

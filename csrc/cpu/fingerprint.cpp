@@ -1,5 +1,5 @@
-// A hash of what the weights hold, cheap enough for every forward pass: PyTorch's version counters miss fused optimizers,
-// writes through .data or numpy, and batch-norm's own running statistics.
+// A hash of what the weights hold, cheap enough for every forward pass: PyTorch's version counters miss fused
+// optimizers, writes through .data or numpy, and batch-norm's own running statistics.
 #include <algorithm>
 #include <cstring>
 

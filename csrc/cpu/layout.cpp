@@ -138,8 +138,8 @@ void pack_weight_group(const Weight& weight, const MicroKernel& kernel, uint32_t
     const int64_t o = group * g + lane;
     for (int64_t i = 0; i < weight.cin; ++i) {
       for (int64_t tap = 0; tap < kTaps; ++tap) {
-        const char* source = weight.data + (o * weight.stride[0] + i * weight.stride[1] +
-                                            (tap / 3) * weight.stride[2] + (tap % 3) * weight.stride[3]) *
+        const char* source = weight.data + (o * weight.stride[0] + i * weight.stride[1] + (tap / 3) * weight.stride[2] +
+                                            (tap % 3) * weight.stride[3]) *
                                                size;
         float value;
         if (weight.dtype == DType::f32) {

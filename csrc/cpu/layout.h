@@ -18,7 +18,8 @@ int64_t map_bytes(int64_t blocks, int64_t h, int64_t w);
 // Row `row` (0 .. h + 1, the border included) of every channel block of the map, from the image.
 void pack_row(const Image& image, const MicroKernel& kernel, char* map, int64_t row);
 
-// Row `row` (0 .. h - 1) of the map whose pixels are the image's 3x3 neighbourhoods, [tap][channel], zero-padded.
+// Row `row` (0 .. h - 1) of the map whose pixels are the image's 3x3 neighbourhoods, [tap][channel],
+// zero-padded.
 void gather_row(const Image& image, char* map, int64_t row);
 
 // Zeros in the border of channel block `block`.

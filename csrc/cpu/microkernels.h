@@ -6,8 +6,8 @@
 
 namespace vgg_fast {
 
-// Flags of this CPU that any row of the table asks for, separated by blanks, less those that VGG_FAST_ISA forbids.
-// Raises std::runtime_error if VGG_FAST_ISA is none of portable, avx2, avx512, amx.
+// Flags of this CPU that any row of the table asks for, separated by blanks, less those that VGG_FAST_ISA
+// forbids. Raises std::runtime_error if VGG_FAST_ISA is none of portable, avx2, avx512, amx.
 std::string cpu_flags();
 
 // The first row of the table that `flags` can run and that takes tensors of this type: a pure function.

@@ -57,8 +57,8 @@ std::tuple<Tensor, Tensor> pack_cpu(const Tensor& weight, const std::optional<Te
     vectors[cout + c] = static_cast<float>(beta[c] + (offset[c] - mean[c]) * scale);
   }
 
-  const Tensor packed = torch::stable::empty({kernel.weight_words(cout, cin)}, ScalarType::Int, std::nullopt,
-                                             weight.device());
+  const Tensor packed =
+      torch::stable::empty({kernel.weight_words(cout, cin)}, ScalarType::Int, std::nullopt, weight.device());
   Weight plain{static_cast<const char*>(weight.const_data_ptr()), dtype, cout, cin, {}, sign.data()};
   for (int d = 0; d < 4; ++d) plain.stride[d] = weight.stride(d);
   uint32_t* words = static_cast<uint32_t*>(packed.mutable_data_ptr());

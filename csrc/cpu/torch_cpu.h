@@ -1,5 +1,5 @@
-// Prototypes of the CPU implementations of the ops, and what the Torch-facing files share. See vgg_fast/ops for the
-// schemas.
+// Prototypes of the CPU implementations of the ops, and what the Torch-facing files share. See vgg_fast/ops
+// for the schemas.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

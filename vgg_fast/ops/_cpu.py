@@ -1,4 +1,4 @@
-"""Questions to the compiled CPU library: its table of micro-kernels and what this CPU can run (csrc/cpu/microkernels)."""
+"""Questions to the compiled CPU library: its table of micro-kernels and what this CPU can run."""
 
 from torch.library import define
 

@@ -45,7 +45,12 @@ def conv3x3(
 
 @register_fake("vgg_fast::conv3x3")
 def _fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False, pool: bool = False, kernel: str = "auto"
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    relu: bool = False,
+    pool: bool = False,
+    kernel: str = "auto",
 ) -> Tensor:
     torch._check(x.dim() == 4, lambda: f"conv3x3: x must be [N, C, H, W], got {x.dim()} dimensions")
     torch._check(

@@ -1,7 +1,7 @@
 """``vgg_fast::fingerprint``: a hash of what tensors hold, cheap enough to take before every forward pass.
 
-All of a tensor of up to 1024 elements, and 64 elements of a larger one, evenly spread with both ends: every dense update
-changes it. Single-element edits behind PyTorch's back can miss it; that is what ``vgg_fast.refresh`` is for.
+All of a tensor of up to 1024 elements, and 64 elements of a larger one, evenly spread with both ends: every dense
+update changes it. Single-element edits behind PyTorch's back can slip by; that is what ``vgg_fast.refresh`` is for.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _WHOLE, _SAMPLE = 1024, 64
 
 
 @register_fake("vgg_fast::fingerprint")
-def _fake(tensors: Sequence[Tensor]) -> int:
+def _fake(tensors: Sequence[Tensor]) -> torch.SymInt:
     # The value depends on data, which a traced graph does not have.
     return torch.library.get_ctx().new_dynamic_size()
 

@@ -1,0 +1,109 @@
+"""Which kernel a machine would choose: a pure function, so also for machines nobody here has."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import vgg_fast
+from vgg_fast import selection
+from vgg_fast.selection import Problem, select
+
+AVX2 = "avx2 fma f16c"
+AVX512 = AVX2 + " avx512f avx512bw avx512vl avx512dq"
+COOPER_LAKE = AVX512 + " avx512_bf16"
+SAPPHIRE_RAPIDS = COOPER_LAKE + " amx_tile amx_bf16"
+
+
+@pytest.mark.parametrize(
+    ("flags", "fp32", "bf16"),
+    [
+        ("", "portable_f32", "portable_f32"),
+        ("avx2", "portable_f32", "portable_f32"),  # AVX2 without FMA
+        (AVX2, "avx2_f32", "avx2_f32"),
+        (AVX2 + " avx512f", "avx2_f32", "avx2_f32"),  # Knights Landing: no BW and VL
+        (AVX512, "avx512_f32", "avx512_f32"),
+        (COOPER_LAKE, "avx512_f32", "avx512_bf16"),
+        (SAPPHIRE_RAPIDS, "avx512_f32", "amx_bf16"),
+    ],
+)
+def test_cpu_kernel_by_flags(flags, fp32, bf16):
+    assert select(Problem(torch.float32, "cpu", flags)) == fp32
+    assert select(Problem(torch.float16, "cpu", flags)) == fp32
+    assert select(Problem(torch.bfloat16, "cpu", flags)) == bf16
+
+
+@pytest.mark.parametrize(
+    ("cap", "fp32", "bf16"),
+    [
+        ("portable", "portable_f32", "portable_f32"),
+        ("avx2", "avx2_f32", "avx2_f32"),
+        ("avx512", "avx512_f32", ("avx512_bf16", "avx512_f32")),
+    ],
+)
+def test_vgg_fast_isa_caps_the_choice(monkeypatch, cap, fp32, bf16):
+    cpu = torch.device("cpu")
+    if cap != "portable" and cap + "_f32" not in runnable_kernels():
+        pytest.skip(f"this CPU has no {cap}")
+    monkeypatch.setenv("VGG_FAST_ISA", cap)
+    assert selection.choose(torch.float32, cpu) == fp32
+    assert selection.choose(torch.bfloat16, cpu) in bf16
+    monkeypatch.delenv("VGG_FAST_ISA")
+    assert selection.choose(torch.float32, cpu) == runnable_kernels(torch.float32)[0]
+
+
+def runnable_kernels(dtype: torch.dtype = torch.bfloat16) -> list[str]:
+    problem = selection.problem_on(dtype, torch.device("cpu"))
+    names = []
+    for kernel in selection.cpu_kernels():
+        try:
+            names.append(select(problem, kernel))
+        except RuntimeError:
+            continue
+    return names
+
+
+def test_a_wrong_cap_is_an_error_that_names_it(monkeypatch):
+    monkeypatch.setenv("VGG_FAST_ISA", "avx3")
+    with pytest.raises(RuntimeError, match="VGG_FAST_ISA is 'avx3'; it must be one of portable, avx2, avx512, amx"):
+        torch.ops.vgg_fast.conv3x3(torch.ones(1, 3, 4, 4), torch.ones(4, 3, 3, 3))
+
+
+def test_an_explicit_kernel_never_falls_back(monkeypatch):
+    with pytest.raises(RuntimeError, match="'amx_bf16' needs the CPU flags 'amx_tile amx_bf16'"):
+        select(Problem(torch.bfloat16, "cpu", COOPER_LAKE), "amx_bf16")
+    with pytest.raises(RuntimeError, match="'triton' cannot run this: it runs on cuda, not cpu"):
+        select(Problem(torch.float32, "cpu", ""), "triton")
+    with pytest.raises(RuntimeError, match="needs sm_80 or newer, this GPU is sm_75"):
+        select(Problem(torch.float16, "cuda", "sm_75"), "triton")
+    with pytest.raises(RuntimeError, match=r"takes float32, bfloat16, float16, not torch.float64"):
+        select(Problem(torch.float64, "cpu", AVX2), "cpu")
+    with pytest.raises(RuntimeError, match="there is no backend 'tpu'; choose one of auto, cpu, triton"):
+        select(Problem(torch.float32, "cpu", ""), "tpu")
+    monkeypatch.setenv("VGG_FAST_ISA", "portable")
+    with pytest.raises(RuntimeError, match="lacks or VGG_FAST_ISA forbids"):
+        torch.ops.vgg_fast.conv3x3(torch.ones(1, 3, 4, 4), torch.ones(4, 3, 3, 3), None, False, False, "avx2_f32")
+
+
+def test_auto_falls_back_to_the_reference_and_says_why():
+    assert select(Problem(torch.float64, "cpu", AVX2)) == "reference"
+    assert "cpu: it takes float32, bfloat16, float16, not torch.float64" in selection.why_reference(
+        torch.float64, torch.device("cpu")
+    )
+    assert select(Problem(torch.float16, "cuda", "sm_90")) == "reference"
+
+
+def test_triton_by_name_on_gpus_nobody_here_has():
+    pytest.importorskip("triton", reason="Triton is not installed")
+    for capability in ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120"):
+        assert select(Problem(torch.float16, "cuda", capability), "triton") == "triton"
+
+
+def test_backends_gives_a_reason_for_all_that_is_missing():
+    status = {b.name: b for b in vgg_fast.backends()}
+    assert list(status) == ["cpu", "triton", "cuda", "reference"]
+    assert status["reference"].available
+    assert status["cpu"].available
+    assert all(b.available != bool(b.reason) for b in status.values())
+    if not torch.cuda.is_available():
+        assert status["triton"].reason.startswith("there is no CUDA device")
