@@ -1,6 +1,6 @@
 """Builds and packages vgg-fast: `vgg_fast/`, the Triton kernels as `vgg_fast.kernels`, and the compiled library `_C`.
 
-`_C` uses nothing but PyTorch's stable ABI and Python's limited API, so one build serves every PyTorch >= 2.10 and every
+`_C` uses nothing but PyTorch's stable ABI and no Python at all, so one build serves every PyTorch >= 2.10 and every
 CPython >= 3.10. Without a C++ compiler the package installs all the same and says what it lacks (`vgg-fast doctor`).
 """
 
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CCompilerError
 
 ROOT = Path(__file__).parent
 TORCH_TARGET = "0x020a000000000000"  # the stable ABI of PyTorch 2.10
@@ -71,19 +72,12 @@ class BuildLibraries(build_ext):
                 return [o for objects in pool.map(lambda s: compile_all([s], **options), sources) for o in objects]
 
         self.compiler.compile = compile_side_by_side
-        super().build_extension(ext)
+        try:
+            super().build_extension(ext)
+        except CCompilerError as error:
+            # `optional` below lets a library be absent; one that does not compile must not pass for that.
+            raise SystemExit(f"vgg-fast: {ext.name} does not compile with {compiler}: {error}") from error
         self.info[name] = f"built with {compiler}"
-
-    def get_outputs(self) -> list[str]:
-        built = [path for path in super().get_outputs() if os.path.exists(path)]
-        return [*built, os.path.join(self.build_lib, "vgg_fast", BUILD_INFO)]
-
-    def copy_extensions_to_source(self) -> None:
-        self.extensions = [e for e in self.extensions if os.path.exists(self.get_ext_fullpath_built(e))]
-        super().copy_extensions_to_source()
-
-    def get_ext_fullpath_built(self, ext: Extension) -> str:
-        return os.path.join(self.build_lib, self.get_ext_filename(self.get_ext_fullname(ext.name)))
 
 
 EXTRAS = {
@@ -116,7 +110,7 @@ setup(
                 *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp")),
             ],
             depends=[str(p.relative_to(ROOT)) for e in ("h", "inl", "inc") for p in (ROOT / "csrc").rglob(f"*.{e}")],
-            define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET), ("Py_LIMITED_API", "0x030a0000")],
+            define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET)],
             extra_compile_args=[
                 "-std=c++17",
                 "-O3",
@@ -128,6 +122,7 @@ setup(
             ],
             libraries=["torch_cpu", "c10"],
             py_limited_api=True,
+            optional=True,  # absent where there is no compiler
             language="c++",
         )
     ],

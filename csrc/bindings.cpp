@@ -53,9 +53,3 @@ STABLE_TORCH_LIBRARY_IMPL(vgg_fast, CompositeExplicitAutograd, m) {
   m.impl("cpu_packed_words", TORCH_BOX(&vgg_fast::cpu_packed_words));
   m.impl("cpu_flags", TORCH_BOX(&vgg_fast::cpu_flags_op));
 }
-
-// Importing vgg_fast._C loads this library, and loading it registers the ops; the module itself is empty.
-PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&module);
-}

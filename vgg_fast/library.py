@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import json
 from pathlib import Path
 
@@ -20,11 +19,12 @@ def missing(name: str) -> str | None:
     """
     if name == "_C_cuda" and torch.version.cuda is None:
         return "this PyTorch is a build without CUDA"
-    if not any(_PACKAGE.glob(f"{name}.*so")):
+    path = next(_PACKAGE.glob(f"{name}.*so"), None)
+    if path is None:
         return build_info().get(name, f"{name} was not built")
     try:
-        importlib.import_module(f"vgg_fast.{name}")
-    except ImportError as error:
+        torch.ops.load_library(path)
+    except OSError as error:
         return f"{name} does not load: {error}"
     return None
 

@@ -63,8 +63,11 @@ def _fake(
     return empty_image(x, weight.shape[0], height, width, last)
 
 
-def _python(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, pool: bool, kernel: str) -> Tensor:
+def _python(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False, pool: bool = False, kernel: str = "auto"
+) -> Tensor:
     """For devices without a compiled implementation: the kernel that `selection` chooses."""
+    # PyTorch leaves out arguments that have their default, hence the defaults once more.
     name = selection.choose(x.dtype, x.device, kernel)
     if name == selection.REFERENCE:
         return reference.conv3x3(x, weight, bias, relu, pool)
