@@ -1,7 +1,9 @@
-"""Builds and packages vgg-fast: `vgg_fast/`, the Triton kernels as `vgg_fast.kernels`, and the compiled library `_C`.
+"""Builds and packages vgg-fast: `vgg_fast/`, the Triton kernels as `vgg_fast.kernels`, and the compiled libraries.
 
-`_C` uses nothing but PyTorch's stable ABI and no Python at all, so one build serves every PyTorch >= 2.10 and every
-CPython >= 3.10. Without a C++ compiler the package installs all the same and says what it lacks (`vgg-fast doctor`).
+`_C` (CPU) and `_C_cuda` (GPU, where there is an nvcc) use nothing but PyTorch's stable ABI and no Python at all, so one
+build serves every PyTorch >= 2.10 and every CPython >= 3.10. Without a compiler the package installs all the same and
+says what it lacks (`vgg-fast doctor`). VGG_FAST_CUDA=0 leaves `_C_cuda` out, 1 insists on it, auto (the default) builds
+it if it can.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import importlib.util
 import json
 import os
 import shutil
+import subprocess
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,9 +25,19 @@ ROOT = Path(__file__).parent
 TORCH_TARGET = "0x020a000000000000"  # the stable ABI of PyTorch 2.10
 BUILD_INFO = "_build_info.json"  # read by vgg_fast.library
 
+VGG_FAST_CUDA = os.environ.get("VGG_FAST_CUDA", "auto")
+if VGG_FAST_CUDA not in ("0", "1", "auto"):
+    raise SystemExit(f"vgg-fast: VGG_FAST_CUDA is {VGG_FAST_CUDA!r}; it must be 0, 1 or auto")
+
 # gcc 12 sees uninitialised variables in its own AVX-512 header, and warns that a 64-byte vector (of internal functions,
 # in the portable kernel) has another calling convention with AVX-512 than without.
 QUIET = ["-Wno-maybe-uninitialized", "-Wno-psabi"]
+
+_spec = importlib.util.spec_from_file_location("vgg_fast_cuda_build", ROOT / "csrc/cuda/build.py")
+assert _spec is not None
+assert _spec.loader is not None
+cuda = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(cuda)
 
 
 def find_torch() -> Path | None:
@@ -53,17 +66,40 @@ class BuildLibraries(build_ext):
         (package / BUILD_INFO).write_text(json.dumps(self.info, indent=1) + "\n")
 
     def build_extension(self, ext: Extension) -> None:
-        compiler, torch = find_compiler(), find_torch()
         name = ext.name.rpartition(".")[2]
+        compiler, torch = find_compiler(), find_torch()
         if compiler is None or torch is None:
             lacking = "no C++ compiler" if compiler is None else "no PyTorch"
-            self.info[name] = f"{lacking} was found when vgg-fast was installed"
-            self.warn(f"{self.info[name]}: installing without {ext.name}")
-            return
-        ext.extra_compile_args += [
-            "-isystem",
-            str(torch / "include"),
-        ]  # as system headers: their warnings are not ours
+            self.leave_out(name, f"{lacking} was found when vgg-fast was installed")
+        elif name == "_C_cuda":
+            self.build_cuda(ext, compiler, torch)
+        else:
+            self.build_cpu(ext, compiler, torch)
+
+    def leave_out(self, name: str, reason: str) -> None:
+        """Installs without a library, unless it was insisted on."""
+        if name == "_C_cuda" and VGG_FAST_CUDA == "1":
+            raise SystemExit(f"vgg-fast: VGG_FAST_CUDA=1, but {reason}")
+        self.info[name] = reason
+        self.warn(f"{reason}: installing without vgg_fast.{name}")
+
+    def build_cuda(self, ext: Extension, compiler: str, torch: Path) -> None:
+        name, nvcc = "_C_cuda", cuda.find_nvcc()
+        if VGG_FAST_CUDA == "0":
+            return self.leave_out(name, "VGG_FAST_CUDA=0 when vgg-fast was installed")
+        if nvcc is None:
+            return self.leave_out(name, "no nvcc was found when vgg-fast was installed")
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            cuda.build(target, nvcc, compiler, torch)
+        except (subprocess.CalledProcessError, RuntimeError) as error:
+            # An nvcc that does not fit its host compiler is common, and no reason to go without the CPU kernels.
+            return self.leave_out(name, f"{nvcc} failed when vgg-fast was installed: {error}")
+        self.info[name] = f"built with {nvcc}"
+
+    def build_cpu(self, ext: Extension, compiler: str, torch: Path) -> None:
+        ext.extra_compile_args += ["-isystem", str(torch / "include")]  # as system headers: their warnings are not ours
         ext.library_dirs.append(str(torch / "lib"))
         compile_all = self.compiler.compile
 
@@ -77,7 +113,12 @@ class BuildLibraries(build_ext):
         except CCompilerError as error:
             # `optional` below lets a library be absent; one that does not compile must not pass for that.
             raise SystemExit(f"vgg-fast: {ext.name} does not compile with {compiler}: {error}") from error
-        self.info[name] = f"built with {compiler}"
+        self.info["_C"] = f"built with {compiler}"
+
+
+def sources(*patterns: str) -> list[str]:
+    """Files under csrc, relative to this one."""
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in (ROOT / "csrc").glob(pattern))
 
 
 EXTRAS = {
@@ -105,26 +146,22 @@ setup(
     ext_modules=[
         Extension(
             "vgg_fast._C",
-            sources=[
-                "csrc/bindings.cpp",
-                *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp")),
-            ],
-            depends=[str(p.relative_to(ROOT)) for e in ("h", "inl", "inc") for p in (ROOT / "csrc").rglob(f"*.{e}")],
+            sources=sources("bindings.cpp", "cpu/*.cpp"),
+            depends=sources("*.h", "cpu/*.h", "cpu/*.inl", "cpu/*.inc"),
             define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET)],
-            extra_compile_args=[
-                "-std=c++17",
-                "-O3",
-                "-g0",
-                "-fvisibility=hidden",
-                "-Wall",
-                "-Wextra",
-                *QUIET,
-            ],
+            extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", *QUIET],
             libraries=["torch_cpu", "c10"],
             py_limited_api=True,
             optional=True,  # absent where there is no compiler
             language="c++",
-        )
+        ),
+        Extension(
+            "vgg_fast._C_cuda",
+            sources=sources("cuda/*.cpp", "cuda/*.cu"),
+            depends=sources("cuda/*.h", "cuda/*.cuh", "cuda/build.py"),
+            py_limited_api=True,
+            optional=True,
+        ),
     ],
     cmdclass={"build_ext": BuildLibraries},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

@@ -196,11 +196,11 @@ def test_fingerprint_sees_every_dense_update_and_nothing_else():
         assert ops.fingerprint(tensors) != before
         tensor.copy_(saved)
         assert ops.fingerprint(tensors) == before
-    # All of a small tensor, and both ends of a large one.
-    for tensor, element in ((tensors[1], 17), (tensors[0].view(-1), 0), (tensors[0].view(-1), -1)):
-        tensor[element] += 1
+    # Every element of a small tensor, every filter and every input channel of a large weight.
+    for part in (tensors[1][17], *tensors[0], *tensors[0].unbind(1)):
+        part += 1
         assert ops.fingerprint(tensors) != before
-        tensor[element] -= 1
+        part -= 1
 
 
 def test_fingerprint_follows_strides():

@@ -1,7 +1,8 @@
 """``vgg_fast::fingerprint``: a hash of what tensors hold, cheap enough to take before every forward pass.
 
-All of a tensor of up to 1024 elements, and 64 elements of a larger one, evenly spread with both ends: every dense
-update changes it. Single-element edits behind PyTorch's back can slip by; that is what ``vgg_fast.refresh`` is for.
+All of a tensor of up to 1024 elements; of a larger convolution weight one element at least of every filter and every
+input channel; of any other larger tensor 64 elements, evenly spread with both ends. So every update of whole filters or
+channels changes it. Single-element edits behind PyTorch's back can slip by; ``vgg_fast.refresh`` is for those.
 """
 
 from __future__ import annotations
@@ -27,7 +28,12 @@ def _python(tensors: Sequence[Tensor]) -> int:
     samples = []
     for tensor in tensors:
         flat = tensor.detach().reshape(-1)
-        if flat.numel() > _WHOLE:
+        if flat.numel() > _WHOLE and tensor.dim() == 4:
+            i = torch.arange(max(tensor.shape[:2]), device=flat.device)
+            filters, channels, height, width = tensor.shape
+            tap = i % (height * width)
+            flat = tensor.detach()[i % filters, i % channels, tap // width, tap % width]
+        elif flat.numel() > _WHOLE:
             flat = flat[torch.linspace(0, flat.numel() - 1, _SAMPLE, dtype=torch.int64, device=flat.device)]
         samples.append(flat.double())
     return hash(torch.cat(samples).cpu().numpy().tobytes()) if samples else 0

@@ -1,0 +1,132 @@
+"""The instrument that runs csrc/cuda on the CPU, and what only it can show. What the kernels compute is in
+test_gpu_kernels.py."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from gpu_kernels import Huge, cuda_on_host, load
+from torch import Tensor
+
+from vgg_fast import reference, testing
+
+FLOAT16 = 1  # vgg_fast::cuda::DType
+SENTINEL = -1234.0
+
+
+class Conv3x3Args(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "affine", "out")),
+        *((name, ctypes.c_int64) for name in ("n", "h", "w", "cin", "cout")),
+        ("dtype", ctypes.c_int),
+        ("relu", ctypes.c_bool),
+        ("pool", ctypes.c_bool),
+    ]
+
+
+class Maxpool2x2Args(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "out")),
+        *((name, ctypes.c_int64) for name in ("n", "h", "w", "c")),
+        ("dtype", ctypes.c_int),
+    ]
+
+
+def launch_conv3x3(x: Tensor, weight: Tensor, out: Tensor, pool: bool) -> None:
+    """x channels_last, weight OIHW, both fp16; out is plain memory."""
+    packed, cout = weight.permute(0, 2, 3, 1).contiguous(), weight.shape[0]
+    affine = torch.stack([torch.ones(cout), torch.zeros(cout)])
+    n, cin, h, w = x.shape
+    pointers = (x.data_ptr(), packed.data_ptr(), affine.data_ptr(), out.data_ptr())
+    args = Conv3x3Args(*pointers, n, h, w, cin, cout, FLOAT16, False, pool)
+    assert cuda_on_host().launch_conv3x3(ctypes.byref(args)) is None
+
+
+def launch_maxpool2x2(x: Tensor, out: Tensor) -> None:
+    n, c, h, w = x.shape
+    args = Maxpool2x2Args(x.data_ptr(), out.data_ptr(), n, h, w, c, FLOAT16)
+    assert cuda_on_host().launch_maxpool2x2(ctypes.byref(args)) is None
+
+
+def guarded(elements: int) -> tuple[Tensor, Tensor]:
+    """Memory with a margin of sentinels on both sides: (all of it, what the kernel is given)."""
+    memory = torch.full((elements + 2048,), SENTINEL, dtype=torch.float16)
+    return memory, memory[1024:-1024]
+
+
+@pytest.fixture
+def run_blocks() -> Iterator[Callable[[int, int], None]]:
+    """Limits the launches to a range of their blocks."""
+    yield cuda_on_host().run_blocks
+    cuda_on_host().run_blocks(0, 2**32 - 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_conversions_on_the_host_are_the_hardware_s(dtype: torch.dtype) -> None:
+    """Every value of the type through widen and narrow, and every fp32 exponent through narrow, against PyTorch."""
+    conv = load("cuda").conv3x3
+    centre = torch.zeros(1, 3, 3, 1, dtype=dtype)
+    centre[0, 1, 1] = 1
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(-1, 1, 1, 1)
+    identity = torch.tensor([[1.0], [0.0]])
+    actual = conv(x, centre, identity, False, False)
+    assert torch.equal(actual.isnan(), x.isnan())
+    assert torch.equal(actual.nan_to_num(nan=0, posinf=1, neginf=-1), x.nan_to_num(nan=0, posinf=1, neginf=-1))
+
+    # One output channel per fp32 value, the values spread over all exponents, the ties among them.
+    values = torch.ldexp(testing.random_tensor(4096), torch.arange(4096) % 280 - 150)
+    ties = x.flatten().float()[::7] * (1 + torch.finfo(dtype).eps / 2)
+    values = torch.cat([values, ties[~ties.isnan()]])
+    affine = torch.stack([torch.zeros_like(values), values])
+    weight = torch.zeros(len(values), 3, 3, 1, dtype=dtype)
+    actual = conv(torch.ones(1, 1, 1, 1, dtype=dtype), weight, affine, False, False)
+    assert torch.equal(actual.flatten(), values.to(dtype))
+
+
+@pytest.mark.parametrize("pool", [False, True], ids=["", "pool"])
+@pytest.mark.parametrize("name", ["ragged", "two", "tall"])
+def test_every_output_is_written_and_nothing_else(name: str, pool: bool) -> None:
+    s = testing.shape(name)
+    x, weight, _ = testing.conv_inputs(s, torch.float16, integers=True)
+    expected = reference.conv3x3(x.float(), weight.float(), pool=pool).half()
+    memory, out = guarded(expected.numel())
+    launch_conv3x3(x.contiguous(memory_format=torch.channels_last), weight, out, pool)
+    assert torch.equal(out, expected.permute(0, 2, 3, 1).flatten())
+    assert (memory[:1024] == SENTINEL).all()
+    assert (memory[-1024:] == SENTINEL).all()
+
+    expected = reference.maxpool2x2(x)
+    memory, out = guarded(expected.numel())
+    launch_maxpool2x2(x.contiguous(memory_format=torch.channels_last), out)
+    assert torch.equal(out, expected.permute(0, 2, 3, 1).flatten())
+    assert (memory[:1024] == SENTINEL).all()
+    assert (memory[-1024:] == SENTINEL).all()
+
+
+def test_conv3x3_past_2_31_elements(run_blocks: Callable[[int, int], None]) -> None:
+    huge = Huge()
+    c = huge.channels
+    weight = testing.integer_tensor(c, c, 3, 3, limit=2, dtype=torch.float16)
+    items = 2 * (huge.width // 2) * (c // 4)  # two rows of quads, four channels a thread
+    run_blocks(items // 128 - 4, items // 128)
+    launch_conv3x3(huge.x, weight, huge.out, pool=False)
+    expected = reference.conv3x3(huge.last.float(), weight.float()).half()
+    assert torch.equal(huge.out_pixels(3, huge.width)[:, :, 2, -64:], expected[:, :, 2, -64:])
+
+
+def test_maxpool2x2_past_2_31_elements(run_blocks: Callable[[int, int], None]) -> None:
+    huge = Huge()
+    rows = huge.width // 2
+    items = rows * huge.channels
+    run_blocks(items // 128 - 16, items // 128)
+    launch_maxpool2x2(huge.x, huge.out)
+    expected = reference.maxpool2x2(huge.last[:, :, :2])
+    assert torch.equal(huge.out_pixels(1, rows)[..., -32:], expected[..., -32:])
+
+
+def test_a_grid_too_large_is_refused() -> None:
+    args = Maxpool2x2Args(None, None, 2**20, 2**12, 2**12, 2**6, FLOAT16)
+    assert b"split the batch" in cuda_on_host().launch_maxpool2x2(ctypes.byref(args))

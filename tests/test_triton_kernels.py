@@ -1,0 +1,116 @@
+"""Triton's own side of the kernels: examples, offsets past 2^31, and the machine code. What they compute is in
+test_gpu_kernels.py."""
+
+from __future__ import annotations
+
+import doctest
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gpu_kernels import Huge, interpreted
+from vgg_fast.kernels import support
+
+from vgg_fast import reference, testing
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # bytes per block, CUDA guide 17.2
+
+
+def test_examples() -> None:
+    for module in (interpreted("conv3x3"), interpreted("maxpool2x2"), support):
+        failed, attempted = doctest.testmod(module)
+        assert failed == 0
+        assert attempted > 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "reasons"),
+    [
+        (torch.float16, (8, 0), 0),
+        (torch.bfloat16, (12, 0), 0),
+        (torch.float32, None, 0),
+        (torch.float16, (7, 5), 1),
+        (torch.float64, (9, 0), 1),
+        (torch.int8, (7, 0), 2),
+    ],
+)
+def test_unsupported(dtype: torch.dtype, capability: tuple[int, int] | None, reasons: int) -> None:
+    assert len(support.unsupported(dtype, capability)) == reasons
+
+
+def test_the_package_imports_without_triton() -> None:
+    code = "import sys; sys.modules['triton'] = None; import vgg_fast.kernels.support"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.fixture
+def start_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Makes the interpreter number a grid's programs from a given one on."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    def start(first: int) -> None:
+        def set_grid_idx(x: int, y: int, z: int) -> None:
+            interpreter_builder.grid_idx = (first + x, y, z)
+
+        monkeypatch.setattr(interpreter_builder, "set_grid_idx", set_grid_idx)
+
+    return start
+
+
+def test_conv3x3_past_2_31_elements(start_at: Callable[[int], None]) -> None:
+    module, huge = interpreted("conv3x3"), Huge()
+    c = huge.channels
+    weight = testing.integer_tensor(c, c, 3, 3, limit=2, dtype=torch.float16)
+    affine = torch.stack([torch.ones(c), torch.zeros(c)])
+    constants = module.constants(torch.float16, c, c, relu=False, pool=False)
+    tiles = -(-3 * huge.width // constants["BM"])
+    start_at(tiles - 2)
+    arguments = (huge.x, module.layout(weight), affine, huge.out, 1, 3, huge.width)
+    module._conv3x3_kernel[(2,)](*arguments, **constants)
+    expected = reference.conv3x3(huge.last.float(), weight.float()).half()
+    assert torch.equal(huge.out_pixels(3, huge.width)[:, :, 2, -128:], expected[:, :, 2, -128:])
+
+
+def test_maxpool2x2_past_2_31_elements(start_at: Callable[[int], None]) -> None:
+    module, huge = interpreted("maxpool2x2"), Huge()
+    constants = module.constants(huge.channels)
+    rows = huge.width // 2
+    start_at(-(-rows // constants["BR"]) - 2)
+    module._maxpool2x2_kernel[(2,)](huge.x, huge.out, rows, 3, huge.width, **constants)
+    expected = reference.maxpool2x2(huge.last[:, :, :2])
+    assert torch.equal(huge.out_pixels(1, rows)[..., -16:], expected[..., -16:])
+
+
+@functools.cache
+def machine_code() -> list[dict[str, Any]]:
+    """What triton_machine_code.py reports for every shipped form on every architecture; see there why a process."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    script = Path(__file__).with_name("triton_machine_code.py")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(script), *(str(sm) for sm in SHARED_LIMIT)]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("sm", SHARED_LIMIT)
+def test_machine_code(sm: int) -> None:
+    rows = [row for row in machine_code() if row["sm"] == sm]
+    assert {row["kernel"] for row in rows} == {"conv3x3", "maxpool2x2"}
+    for row in rows:
+        assert row["local"] == 0, f"spills: {row}"
+        assert row["stack"] == 0, f"spills: {row}"
+        assert row["shared"] <= SHARED_LIMIT[sm], f"too much shared memory: {row}"
+        if row["kernel"] == "maxpool2x2":
+            continue
+        on_tensor_cores = row["dtype"] != "torch.float32"  # fp32 is true fp32: no tf32
+        assert bool(row["mma"]) == on_tensor_cores, f"tensor-core instructions: {row}"
+        assert row["shuffle"] == 0, f"the pooling windows leave their threads: {row}"
+        if row["cin"] % 8 == 0:
+            assert row["async_copy"] == row["async_copy_128"] > 0, f"loads narrower than 16 bytes: {row}"

@@ -1,0 +1,161 @@
+"""One benchmark problem from beginning to end: build it, check every answer, time the contestants in turns.
+
+Shared by ``vgg-fast bench`` and benchmarks/, so that a number in a terminal and a number in a CSV mean the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vgg_fast import fold, measure, peers, testing
+from vgg_fast.measure import Timing
+from vgg_fast.peers import CHANNELS_LAST, EAGER, OURS, Agreement, Contestant, Layer
+
+
+class Disagreement(Exception):
+    """Our answer is off by more than it may be, so there is nothing to time."""
+
+
+@dataclass(frozen=True)
+class Contest:
+    """A problem with its contestants, whose answers have been checked.
+
+    Attributes:
+        name: such as ``conv1_2+pool`` or ``features 224``.
+        dtype: of weights and input.
+        batch: images.
+        calls: contestant -> what to time.
+        errors: contestant -> relative error against float64.
+        agreement: ours judged by PyTorch's own.
+        kernels: that our contestant runs; empty if nothing was fused.
+    """
+
+    name: str
+    dtype: torch.dtype
+    batch: int
+    calls: dict[str, Callable[[], Tensor]]
+    errors: dict[str, float]
+    agreement: Agreement
+    kernels: tuple[str, ...]
+
+    def time(
+        self, rounds: int = 10, budget_s: float = 20.0, on_round: Callable[[], None] | None = None
+    ) -> dict[str, Timing]:
+        """Milliseconds per image of every contestant, measured in turns (:func:`vgg_fast.measure.interleave`)."""
+        timings = measure.interleave(self.calls, rounds=rounds, budget_s=budget_s, on_round=on_round)
+        return {name: Timing(tuple(ms / self.batch for ms in t.milliseconds)) for name, t in timings.items()}
+
+    def rows(self, timings: dict[str, Timing]) -> list[dict[str, Any]]:
+        """One row per contestant for JSON and CSV; ``ratio_to_best_peer`` on ours alone."""
+        return [
+            {
+                "problem": self.name,
+                "dtype": str(self.dtype).removeprefix("torch."),
+                "batch": self.batch,
+                "contestant": name,
+                "kernel": " ".join(self.kernels) if name == OURS else "",
+                "median_ms_per_image": round(timing.median, 4),
+                "min_ms_per_image": round(timing.minimum, 4),
+                "rounds": len(timing.milliseconds),
+                "ratio_to_best_peer": round(measure.ratio_to_best(timings, OURS), 4) if name == OURS else None,
+                "relative_error": self.errors[name],
+            }
+            for name, timing in timings.items()
+        ]
+
+
+def layer(which: Layer, dtype: torch.dtype, batch: int = 1, **options: Any) -> Contest:
+    """A contest over one convolution with its batch-norm, ReLU and perhaps pool.
+
+    Args:
+        which: of :data:`vgg_fast.peers.LAYERS`, or any other.
+        dtype: of weights and input.
+        batch: images.
+        options: of :func:`vgg_fast.peers.contestants`.
+
+    Raises:
+        Disagreement: our answer lies outside its bound, in total or in any one element.
+
+    Example:
+        >>> layer(peers.Layer("tiny", 3, 8, 6, True), torch.float32).name
+        'tiny+pool'
+    """
+    model = peers.plain_layer(which)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, which.cin, which.size, which.size, generator=generator)
+    if which.cin > 3:
+        x = x.relu()  # half of it zeros, as behind a ReLU: the power that a processor draws depends on it
+    peers.calibrate(model, x[:1])
+    model, x = model.to(dtype), x.to(dtype)
+    name = f"{which.name}+pool" if which.pool else which.name
+    contest, answer, exact = _contest(name, model, x, options)
+    try:
+        testing.assert_within(answer, exact, _bound(model, x[_ends(batch)], which.pool), f"{name} {dtype}")
+    except AssertionError as error:
+        raise Disagreement(str(error)) from error
+    return contest
+
+
+def features(dtype: torch.dtype, batch: int = 1, size: int = 224, **options: Any) -> Contest:
+    """A contest over the convolutional part of VGG16-BN; arguments as :func:`layer`.
+
+    Raises:
+        Disagreement: our error is larger than the precision ladder allows.
+    """
+    return _network(peers.plain_features(), f"features {size}", dtype, batch, size, options)
+
+
+def model(dtype: torch.dtype, batch: int = 1, size: int = 224, **options: Any) -> Contest:
+    """A contest over all of VGG16-BN, its dense layers included; arguments as :func:`layer`.
+
+    Raises:
+        Disagreement: our error is larger than the precision ladder allows.
+    """
+    return _network(peers.plain_vgg16_bn(), f"model {size}", dtype, batch, size, options)
+
+
+def _network(
+    network: nn.Sequential, name: str, dtype: torch.dtype, batch: int, size: int, options: dict[str, Any]
+) -> Contest:
+    x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
+    convolutions = network.get_submodule("features") if hasattr(network, "features") else network
+    peers.calibrate(convolutions, x[:1])
+    return _contest(name, network.to(dtype), x.to(dtype), options)[0]
+
+
+def _contest(name: str, network: nn.Sequential, x: Tensor, options: dict[str, Any]) -> tuple[Contest, Tensor, Tensor]:
+    """The contest, and for the first and last image our answer and the exact one."""
+    contestants: dict[str, Contestant] = peers.contestants(network, **options)
+    calls = {key: contestant.on(x) for key, contestant in contestants.items()}
+    # Both ends of the batch: float64 takes seconds per image, and position in a batch is what could go wrong.
+    ends = _ends(len(x))
+    exact = peers.in_float64(network, x[ends])
+    answers = {key: call()[ends] for key, call in calls.items()}
+    agreement = peers.agreement(answers[OURS], [answers[EAGER], answers[CHANNELS_LAST]], exact)
+    if not agreement.agrees:
+        raise Disagreement(
+            f"{name} {x.dtype} batch {len(x)}: relative error {agreement.ours:.2e}, allowed {agreement.allowed:.2e} "
+            f"(PyTorch's own is {agreement.pytorch:.2e})"
+        )
+    errors = {key: testing.relative_error(answer, exact) for key, answer in answers.items()}
+    kernels = peers.kernels_used(contestants[OURS].module, x[:1])
+    return Contest(name, x.dtype, len(x), calls, errors, agreement, kernels), answers[OURS], exact
+
+
+def _ends(batch: int) -> list[int]:
+    return [0] if batch == 1 else [0, batch - 1]
+
+
+def _bound(block: nn.Sequential, x: Tensor, pool: bool) -> Tensor:
+    """Elementwise, of convolution and batch-norm with fp32 accumulation and one rounding."""
+    conv, norm = block[0], block[1]
+    assert isinstance(conv, nn.Conv2d)
+    assert isinstance(norm, nn.BatchNorm2d)
+    vectors = (conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    _, affine = fold.batchnorm_affine(conv.out_channels, *vectors, bn_eps=norm.eps)
+    return testing.conv_bound(x, conv.weight.detach(), affine, pool=pool)

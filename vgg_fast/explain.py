@@ -1,0 +1,189 @@
+"""Which layers of a model run fused, by which kernel, and why the others do not: seen in one real forward."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vgg_fast.chains import child_reason
+from vgg_fast.sequential import FusedSequential, Segment, drop_cache, record
+
+__all__ = ["Explanation", "Row", "Segment", "explain", "record"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer.
+
+    Attributes:
+        path: its name in the model, as in ``named_modules``.
+        type: its class.
+        status: ``fused``, ``plain``, or ``both`` if its container was called several times with different outcomes.
+        kernel: the kernel that ran it, empty where plain.
+        chain: number of the call of ``conv_stack`` that it was part of, None where plain.
+        reason: why it did not run fused, empty where it did.
+    """
+
+    path: str
+    type: str
+    status: str
+    kernel: str
+    chain: int | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The layers of a model in order; ``str()`` is a readable table.
+
+    Attributes:
+        rows: one :class:`Row` per layer that has no children.
+        accelerated: whether the model was accelerated, or only for the moment of explaining.
+    """
+
+    rows: tuple[Row, ...]
+    accelerated: bool
+
+    @property
+    def fused(self) -> int:
+        """Number of layers that run fused."""
+        return sum(row.status != "plain" for row in self.rows)
+
+    def __str__(self) -> str:
+        header = ("layer", "type", "status", "chain", "kernel", "reason")
+        cells = [
+            (r.path, r.type, r.status, "" if r.chain is None else str(r.chain), r.kernel, r.reason) for r in self.rows
+        ]
+        widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in (header, *cells)]
+        chains = len({row.chain for row in self.rows if row.chain is not None})
+        lines.append(f"{self.fused} of {len(self.rows)} layers run fused, in {chains} calls")
+        if not self.accelerated:
+            lines.append("(the model is not accelerated yet: this is what vgg_fast.accelerate(model) would do)")
+        return "\n".join(lines)
+
+
+def explain(model: nn.Module, example_input: Tensor | Sequence[Any] | Mapping[str, Any]) -> Explanation:
+    """Runs the model once on an example and tells which layers ran fused, by which kernel, and why the others did not.
+
+    It sees what a call at this place would do, grad mode, autocast and training mode included: call it under
+    ``torch.inference_mode()`` to see inference. A model that is not accelerated is, for this one run. The example, the
+    model's buffers and the random state are left as they were; hooks of the model do run.
+
+    Args:
+        model: any module.
+        example_input: the tensor to call it with, a tuple or list of positional arguments, or a dict of keywords.
+
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``.
+        Exception: whatever the model raises on this input.
+
+    Example:
+        >>> layers = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Softmax(dim=1))
+        >>> with torch.inference_mode():
+        ...     print(explain(layers, torch.zeros(1, 3, 8, 8)).rows[1].reason)
+        Softmax is not a type that is fused
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"explain takes a torch.nn.Module, not {type(model).__name__}")
+    plain: list[Any] = [m for m in model.modules() if type(m) is nn.Sequential]
+    args, kwargs = _arguments(example_input)
+    try:
+        for module in plain:
+            module.__class__ = FusedSequential
+        with _unchanged(model), record() as segments:
+            model(*args, **kwargs)
+        return Explanation(tuple(_rows(model, segments)), accelerated=not plain)
+    finally:
+        for module in plain:
+            drop_cache(module)
+            module.__class__ = nn.Sequential
+
+
+def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def copy(value: Any) -> Any:  # an in-place ReLU at the start of a model writes into its input
+        return value.clone() if isinstance(value, Tensor) else value
+
+    if isinstance(example, Mapping):
+        return (), {name: copy(value) for name, value in example.items()}
+    return tuple(map(copy, example if isinstance(example, (tuple, list)) else (example,))), {}
+
+
+@contextlib.contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Puts buffers (batch-norm statistics in training mode) and the random state back."""
+    training = any(module.training for module in model.modules())
+    kept = [
+        (module._buffers, name, buffer, buffer.clone())
+        for module in (model.modules() if training else ())
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(devices, key=str)):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for owner, name, buffer, value in kept:
+                    owner[name] = buffer.copy_(value)
+
+
+@dataclass
+class _Seen:
+    """What one layer went through, over all calls of its container."""
+
+    kernel: str = ""
+    chain: int | None = None
+    reason: str = ""
+    calls: set[str] = field(default_factory=set)
+
+
+def _rows(model: nn.Module, segments: Sequence[Segment]) -> Iterator[Row]:
+    chains: dict[tuple[int, tuple[str, ...]], int] = {}
+    seen: dict[tuple[int, str], _Seen] = {}
+    for segment in segments:
+        owner = id(segment.container)
+        for name in segment.names:
+            layer = seen.setdefault((owner, name), _Seen())
+            if segment.kernel is None:
+                layer.calls.add("plain")
+                layer.reason = layer.reason or segment.reason
+            else:
+                layer.calls.add("fused")
+                layer.kernel = segment.kernel
+                layer.chain = chains.setdefault((owner, segment.names), len(chains) + 1)
+    # Duplicates are kept: a ReLU that several places share has a row for each.
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path, module in modules.items():
+        if next(module.children(), None) is not None:
+            continue
+        parent_path, _, name = path.rpartition(".")
+        parent = modules[parent_path] if path else None
+        found = seen.get((id(parent), name))
+        if found is None:
+            found = _Seen(reason=_unseen_reason(module, parent, parent_path), calls={"plain"})
+        status = next(iter(found.calls)) if len(found.calls) == 1 else "both"
+        yield Row(path, type(module).__name__, status, found.kernel, found.chain, found.reason)
+
+
+def _unseen_reason(module: nn.Module, parent: nn.Module | None, parent_path: str) -> str:
+    """Why no FusedSequential reported this layer."""
+    own = child_reason(module)
+    if own is not None:
+        return own
+    if isinstance(parent, FusedSequential):
+        container = parent_path or "the model"
+        if "forward" in vars(parent):
+            return f"the forward of {container} was replaced on the instance"
+        return f"{container} is not called as a whole: the model calls its layers itself, or not at all"
+    if isinstance(parent, nn.Sequential):
+        return f"{type(parent).__name__} is a subclass of nn.Sequential and may have a forward of its own"
+    if parent is None:
+        return "the model is a single layer; only the children of an nn.Sequential are fused"
+    return f"it is called by {type(parent).__name__}, not by an nn.Sequential"
