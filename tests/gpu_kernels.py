@@ -54,7 +54,8 @@ def interpreted(name: str) -> ModuleType:
     """A private copy of ``vgg_fast.kernels.<name>`` whose kernels run in Triton's interpreter.
 
     ``triton.jit`` looks at TRITON_INTERPRET when it decorates. Setting that for the whole process would turn the real
-    modules, which other tests import, into interpreted ones.
+    modules, which other tests import, into interpreted ones. It works as long as the kernels call builtins of
+    triton.language alone: its own jitted functions (tl.zeros, tl.max, tl.cdiv) are of the mode Triton was imported in.
     """
     triton = pytest.importorskip("triton", reason="Triton is not installed")
     found = importlib.util.find_spec(f"vgg_fast.kernels.{name}")
@@ -98,32 +99,49 @@ def cuda_on_host() -> ctypes.CDLL:
     return loaded
 
 
+def between_guard_pages(t: Tensor, *, at_end: bool) -> Tensor:
+    """A contiguous copy that ends (or begins) at a page which may not be touched: reading past it ends the process."""
+    page = mmap.PAGESIZE
+    nbytes = t.numel() * t.element_size()
+    inside = -(-nbytes // page) * page
+    memory = mmap.mmap(-1, inside + 2 * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for guard in (start, start + page + inside):
+        if ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(guard), page, 0):
+            raise OSError(ctypes.get_errno(), "mprotect")
+    offset = page + (inside - nbytes if at_end else 0)
+    copy = torch.frombuffer(memory, dtype=t.dtype, count=t.numel(), offset=offset)
+    copy.copy_(t.flatten())
+    return copy.view(t.shape)
+
+
 def sparse_half(elements: int) -> Tensor:
     """fp16 zeros that take memory only where they are touched: for offsets past 2^31 on an ordinary machine."""
     if sys.platform != "linux":
-        pytest.skip("reserving 6 GB of addresses without their memory is done the Linux way")
+        pytest.skip("reserving gigabytes of addresses without their memory is done the Linux way")
     no_reserve = 0x4000  # MAP_NORESERVE, which Python's mmap knows by name only from 3.12 on
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
     return torch.frombuffer(mmap.mmap(-1, 2 * elements, flags=flags), dtype=torch.float16)
 
 
 class Huge:
-    """A map of more than 2^31 elements in its first two rows, all zero but the last columns; and memory for an output.
+    """A map whose last rows lie past 2^31 elements, all zero but the last columns; and memory for an output.
 
     Attributes:
-        x: fp16 ``[1, channels, 3, width]``, channels_last.
+        x: fp16 ``[1, channels, height, width]``, channels_last.
         last: its last ``columns`` columns, integers.
         out: fp16, as many elements as ``x``.
     """
 
-    channels, width, columns = 64, 5 * 2**22 + 8, 256
+    channels, columns = 64, 256
 
-    def __init__(self) -> None:
-        elements = 3 * self.width * self.channels
-        assert elements * 2 // 3 > 2**31
+    def __init__(self, height: int = 6, width: int = 3 * 2**22 + 8) -> None:
+        self.height, self.width = height, width
+        elements = height * width * self.channels
+        assert elements > 3 * 2**30
         self.out = sparse_half(elements)
-        self.x = sparse_half(elements).view(1, 3, self.width, self.channels).permute(0, 3, 1, 2)
-        size = (1, self.channels, 3, self.columns)
+        self.x = sparse_half(elements).view(1, height, width, self.channels).permute(0, 3, 1, 2)
+        size = (1, self.channels, height, self.columns)
         self.last = testing.integer_tensor(*size, limit=4, dtype=torch.float16)
         self.x[..., -self.columns :] = self.last
 

@@ -110,21 +110,22 @@ def test_conv3x3_past_2_31_elements(run_blocks: Callable[[int, int], None]) -> N
     huge = Huge()
     c = huge.channels
     weight = testing.integer_tensor(c, c, 3, 3, limit=2, dtype=torch.float16)
-    items = 2 * (huge.width // 2) * (c // 4)  # two rows of quads, four channels a thread
+    items = huge.height // 2 * (huge.width // 2) * (c // 4)  # quads, four channels a thread
     run_blocks(items // 128 - 4, items // 128)
     launch_conv3x3(huge.x, weight, huge.out, pool=False)
     expected = reference.conv3x3(huge.last.float(), weight.float()).half()
-    assert torch.equal(huge.out_pixels(3, huge.width)[:, :, 2, -64:], expected[:, :, 2, -64:])
+    assert torch.equal(huge.out_pixels(huge.height, huge.width)[:, :, -1, -64:], expected[:, :, -1, -64:])
 
 
-def test_maxpool2x2_past_2_31_elements(run_blocks: Callable[[int, int], None]) -> None:
-    huge = Huge()
-    rows = huge.width // 2
-    items = rows * huge.channels
+def test_maxpool2x2_past_2_32_threads(run_blocks: Callable[[int, int], None]) -> None:
+    huge = Huge(height=4, width=2**26 + 8)
+    height, width = huge.height // 2, huge.width // 2
+    items = height * width * huge.channels
+    assert items > 2**32
     run_blocks(items // 128 - 16, items // 128)
     launch_maxpool2x2(huge.x, huge.out)
-    expected = reference.maxpool2x2(huge.last[:, :, :2])
-    assert torch.equal(huge.out_pixels(1, rows)[..., -32:], expected[..., -32:])
+    expected = reference.maxpool2x2(huge.last)
+    assert torch.equal(huge.out_pixels(height, width)[:, :, -1, -32:], expected[:, :, -1, -32:])
 
 
 def test_a_grid_too_large_is_refused() -> None:

@@ -70,22 +70,22 @@ def test_conv3x3_past_2_31_elements(start_at: Callable[[int], None]) -> None:
     weight = testing.integer_tensor(c, c, 3, 3, limit=2, dtype=torch.float16)
     affine = torch.stack([torch.ones(c), torch.zeros(c)])
     constants = module.constants(torch.float16, c, c, relu=False, pool=False)
-    tiles = -(-3 * huge.width // constants["BM"])
+    tiles = -(-huge.height * huge.width // constants["BM"])
     start_at(tiles - 2)
-    arguments = (huge.x, module.layout(weight), affine, huge.out, 1, 3, huge.width)
+    arguments = (huge.x, module.layout(weight), affine, huge.out, 1, huge.height, huge.width)
     module._conv3x3_kernel[(2,)](*arguments, **constants)
     expected = reference.conv3x3(huge.last.float(), weight.float()).half()
-    assert torch.equal(huge.out_pixels(3, huge.width)[:, :, 2, -128:], expected[:, :, 2, -128:])
+    assert torch.equal(huge.out_pixels(huge.height, huge.width)[:, :, -1, -128:], expected[:, :, -1, -128:])
 
 
 def test_maxpool2x2_past_2_31_elements(start_at: Callable[[int], None]) -> None:
     module, huge = interpreted("maxpool2x2"), Huge()
     constants = module.constants(huge.channels)
-    rows = huge.width // 2
-    start_at(-(-rows // constants["BR"]) - 2)
-    module._maxpool2x2_kernel[(2,)](huge.x, huge.out, rows, 3, huge.width, **constants)
-    expected = reference.maxpool2x2(huge.last[:, :, :2])
-    assert torch.equal(huge.out_pixels(1, rows)[..., -16:], expected[..., -16:])
+    height, width = huge.height // 2, huge.width // 2
+    start_at(-(-height * width // constants["BR"]) - 2)
+    module._maxpool2x2_kernel[(2,)](huge.x, huge.out, height * width, huge.height, huge.width, **constants)
+    expected = reference.maxpool2x2(huge.last)
+    assert torch.equal(huge.out_pixels(height, width)[:, :, -1, -16:], expected[:, :, -1, -16:])
 
 
 @functools.cache

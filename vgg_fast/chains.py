@@ -190,8 +190,7 @@ def parse(modules: Sequence[nn.Module]) -> list[Chain | Plain]:
     while i < len(modules):
         if is_next(nn.Conv2d):
             start = start if runs else i
-            conv, bn, relu, pool = i, None, None, None
-            i += 1
+            conv, i = i, i + 1
             bn, relu, pool = take(nn.BatchNorm2d), take(nn.ReLU), take(nn.MaxPool2d)
             inplace = relu is not None and bool(vars(modules[relu])["inplace"])
             runs.append(Run(conv, bn, relu, pool, inplace))
@@ -221,7 +220,7 @@ _Slot = tuple[dict[str, Any], str, str]  # module.__dict__, "_parameters" or "_b
 class Plan:
     """A parse with everything that it depended on, so that a forward can check it instead of parsing again.
 
-    Parsing VGG16-BN's 44 children takes about 0.2 ms, checking them about 0.02 ms: the check is tuple comparisons only.
+    Parsing VGG16-BN's 44 children takes about 0.2 ms, checking them 0.012 ms: the check is tuple comparisons only.
 
     Args:
         modules: the children of the container at this moment.
@@ -229,8 +228,8 @@ class Plan:
 
     def __init__(self, modules: tuple[nn.Module, ...]) -> None:
         self.modules = modules
+        # All that `holds` compares is read before the parse: what another thread changes meanwhile is then noticed.
         self.types = tuple(map(type, modules))
-        self.parts = parse(modules)
         # A child of None is possible, and an error only when its turn comes.
         states = [getattr(m, "__dict__", {}) for m in modules]
         self.sizes = tuple(map(len, states))
@@ -239,6 +238,7 @@ class Plan:
         hooks = [[vars(m).get(name) for name in _HOOKS] for m in modules if type(m) in _KINDS]
         self.unhooked = tuple(h for four in hooks if not any(four) for h in four)
         self.hooked = tuple(four for four in hooks if any(four))
+        self.parts = parse(modules)
         self.sources = {part.start: Sources(part, modules) for part in self.parts if isinstance(part, Chain)}
 
     def holds(self, modules: tuple[nn.Module, ...], start: int = 0, stop: int | None = None) -> bool:

@@ -201,7 +201,7 @@ def _cores() -> int:
 
 
 def commit(root: Path = _ROOT) -> str | None:
-    """The git commit of this package's checkout ``root``, with ``-dirty`` after uncommitted changes; None if it has none."""
+    """The git commit of this package's checkout ``root``, with ``-dirty`` after uncommitted changes; or None."""
     # An installed package often lies in somebody else's repository (their project's .venv), whose commit says nothing.
     if not (root / ".git").exists() or not (root / "setup.py").exists():
         return None

@@ -87,23 +87,27 @@ def plain_features(seed: int = 0) -> nn.Sequential:
     return nn.Sequential(*layers).eval()
 
 
-def plain_vgg16_bn(num_classes: int = 1000, seed: int = 0) -> nn.Sequential:
+def plain_vgg16_bn(num_classes: int = 1000, seed: int | None = 0) -> nn.Sequential:
     """All of VGG16-BN in nothing but ``nn.Sequential``, with torchvision's state_dict keys; in evaluation mode.
 
-    Random weights drawn after He, from ``seed``; :func:`calibrate` gives the batch-norms the statistics of real images.
+    Args:
+        num_classes: number of outputs (logits).
+        seed: of random weights after He; :func:`calibrate` gives the batch-norms the statistics of real images. None
+            leaves the dense layers as the memory was: for a caller who loads weights.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed or 0)
     widths = (512 * 7 * 7, 4096, 4096, num_classes)
     head: list[nn.Module] = []
     for i, (fan_in, fan_out) in enumerate(pairwise(widths)):
         if i:
             head += [nn.ReLU(inplace=True), nn.Dropout()]
         linear = skip_init(nn.Linear, fan_in, fan_out)  # 124 million default values that nobody would read
-        nn.init.normal_(linear.weight, 0, (2 / fan_in) ** 0.5, generator)
-        nn.init.zeros_(linear.bias)
+        if seed is not None:
+            nn.init.normal_(linear.weight, 0, (2 / fan_in) ** 0.5, generator)
+            nn.init.zeros_(linear.bias)
         head.append(linear)
     parts = {
-        "features": plain_features(seed),
+        "features": plain_features(seed or 0),
         "avgpool": nn.AdaptiveAvgPool2d((7, 7)),
         "flatten": nn.Flatten(),
         "classifier": nn.Sequential(*head),
@@ -199,7 +203,9 @@ def in_float64(model: nn.Module, x: Tensor) -> Tensor:
 
     Image by image: PyTorch's float64 convolution needs nine copies of its input, 0.5 GB for one 224x224 image.
     """
-    wide = copy.deepcopy(model).double()
+    # Not deepcopy and then double: that would hold the dense layers three times.
+    parameters = {id(p): nn.Parameter(p.detach().double(), requires_grad=False) for p in model.parameters()}
+    wide = copy.deepcopy(model, parameters).double()
     return torch.cat([wide(image[None].double()) for image in x])
 
 

@@ -207,7 +207,10 @@ def _run_chain(container: FusedSequential, state: _State, plan: Plan, chain: Cha
         return f"{x.dtype} is not fused"
     kernel = selection.choose(dtype, device, backend)
     if kernel == selection.REFERENCE:
-        return selection.why_reference(dtype, device) if backend == "auto" else "backend 'reference' was asked for"
+        if backend != "auto":
+            return "backend 'reference' was asked for"
+        # The full answer looks around the installation, which takes longer than a small convolution.
+        return selection.why_reference(dtype, device) if _recordings else "there is no fused kernel"
     pack = state.packs.get(chain, sources, tensors, kernel, dtype, autocast, limit=2 * len(plan.sources) + 2)
     if isinstance(pack, str):
         return pack

@@ -1,0 +1,176 @@
+"""verify passes on every kernel of this machine, and fails on a kernel that is wrong in any one way."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vgg_fast import reference, selection, testing
+from vgg_fast.verify import Ops, Row, Unavailable, kernels, verify
+
+SHAPES = [testing.shape(name) for name in ("rgb_odd", "one_row", "two")]
+GOOD = Ops()
+
+
+def rows_of(ops: Ops, dtype=torch.float32, shapes=SHAPES) -> dict[str, Row]:
+    """op -> row, of the kernel that auto takes; maxpool2x2 has no kernels to choose from."""
+    kernel = selection.choose(dtype, torch.device("cpu"))
+    rows = verify(shapes=shapes, dtypes=[dtype], checked=ops)
+    return {row.op: row for row in rows if row.kernel == kernel or row.op == "maxpool2x2"}
+
+
+def test_every_kernel_of_this_machine_is_right():
+    seen = []
+    rows = verify(shapes=SHAPES, on_progress=lambda done, total: seen.append((done, total)))
+    assert not [miss for row in rows for miss in row.misses]
+    assert seen == [(i + 1, 9) for i in range(9)]
+    for dtype in ("float32", "bfloat16", "float16"):
+        ran = {row.kernel for row in rows if row.dtype == dtype and row.op == "conv_stack" and row.problems}
+        assert selection.choose(getattr(torch, dtype), torch.device("cpu")) in ran
+        assert selection.cpu_kernels()[-1] in ran, "the portable kernel runs everywhere"
+    for row in rows:
+        assert row.result == ("not here" if row.absent else "ok")
+        # With a pool and without, two memory formats: rgb_odd and two have 2x2 epilogues, one_row only two.
+        expected = {"conv3x3": (40, 20), "conv_stack": (43, 23), "maxpool2x2": (12, 12)}[row.op]
+        assert (row.problems, row.exact) == ((0, 0) if row.absent else expected)
+        assert 0 <= row.worst <= 1
+        assert 0 <= row.worst_border <= 1
+
+
+def corner(y: torch.Tensor) -> torch.Tensor:
+    """One wrong pixel: last image, last channel, last row, last column."""
+    y = y.clone()
+    y[-1, -1, -1, -1] += 0.5
+    return y
+
+
+def test_a_wrong_corner_pixel_of_conv3x3_is_found():
+    rows = rows_of(replace(GOOD, conv3x3=lambda *a: corner(GOOD.conv3x3(*a))))
+    row = rows["conv3x3"]
+    assert row.result == "MISS"
+    assert row.worst_border > 1 >= row.worst, "on the border and nowhere else"
+    assert len(row.misses) == row.problems, "integers and random numbers, with every epilogue"
+    assert "1 of " in row.misses[0]
+    assert rows["conv_stack"].result == rows["maxpool2x2"].result == "ok"
+
+
+def test_a_wrong_corner_pixel_of_conv_stack_is_found():
+    rows = rows_of(replace(GOOD, conv_stack=lambda *a: corner(GOOD.conv_stack(*a))), torch.bfloat16)
+    assert rows["conv_stack"].result == "MISS"
+    assert rows["conv_stack"].worst_border > 1 >= rows["conv_stack"].worst
+    assert rows["conv3x3"].result == "ok"
+
+
+def test_a_wrong_corner_pixel_of_the_pool_is_found():
+    rows = rows_of(replace(GOOD, maxpool2x2=lambda x: corner(GOOD.maxpool2x2(x))))
+    assert rows["maxpool2x2"].result == "MISS"
+    assert rows["conv3x3"].result == "ok"
+
+
+def test_an_error_inside_is_not_blamed_on_the_border():
+    def inside(*arguments):
+        y = GOOD.conv3x3(*arguments).clone()
+        y[..., 1:-1, 1:-1] += 0.5
+        return y
+
+    row = rows_of(replace(GOOD, conv3x3=inside), shapes=[testing.shape("ragged")])["conv3x3"]
+    assert row.worst > 1 >= row.worst_border
+
+
+def test_padding_that_is_not_zero_is_found():
+    """The classic mistake at a border: the edge repeated instead of zeros."""
+
+    def replicated(x, weight, bias, relu, pool, kernel):
+        padded = torch.nn.functional.pad(x.float(), (1, 1, 1, 1), mode="replicate")
+        y = torch.nn.functional.conv2d(padded, weight.float(), bias.float())
+        y = y.relu() if relu else y
+        return (reference.maxpool2x2(y) if pool else y).to(x.dtype)
+
+    row = rows_of(replace(GOOD, conv3x3=replicated), shapes=[testing.shape("block")])["conv3x3"]
+    assert row.worst_border > 1 >= row.worst
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_kernel_that_is_wrong_in_one_memory_format_is_found(memory_format):
+    def wrong(x, *rest):
+        y = GOOD.conv3x3(x, *rest)
+        return corner(y) if x.is_contiguous(memory_format=memory_format) else y
+
+    row = rows_of(replace(GOOD, conv3x3=wrong), shapes=[testing.shape("ragged")])["conv3x3"]
+    assert len(row.misses) == row.problems / 2
+    assert all(("channels_last" in miss) == (memory_format is torch.channels_last) for miss in row.misses[:4])
+
+
+def test_a_lost_sign_of_the_batch_norm_is_found():
+    def unsigned(weight, bias, mean, var, gamma, *rest):
+        return GOOD.pack(weight, bias, mean, var, None if gamma is None else gamma.abs(), *rest)
+
+    rows = rows_of(replace(GOOD, pack=unsigned))
+    assert rows["conv_stack"].result == "MISS"
+
+
+def test_a_chain_that_does_not_round_between_its_steps_is_found():
+    def wide(x, weights, affines, program, kernel, last):
+        if len(program) == 1:
+            return GOOD.conv_stack(x, weights, affines, program, kernel, last)
+        return GOOD.conv_stack(x, weights, affines, program, kernel, last).nextafter(x.new_tensor(math.inf))
+
+    misses = rows_of(replace(GOOD, conv_stack=wide))["conv_stack"].misses
+    assert len(misses) == len(SHAPES)
+    assert all("chain of three" in miss for miss in misses)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda y: y * math.nan, "elements"),
+        (lambda y: y.double(), "float64"),
+        (lambda y: y[..., :-1], "instead of"),
+    ],
+    ids=["NaN", "dtype", "shape"],
+)
+def test_nan_another_dtype_and_another_shape_are_found(spoil, message):
+    row = rows_of(replace(GOOD, conv3x3=lambda *a: spoil(GOOD.conv3x3(*a))))["conv3x3"]
+    assert row.result == "MISS"
+    assert any(message in miss for miss in row.misses)
+
+
+def test_an_op_that_raises_is_a_miss_and_the_others_are_still_checked():
+    def broken(*arguments):
+        raise RuntimeError("out of registers\nand a long trace")
+
+    rows = rows_of(replace(GOOD, pack=broken))
+    assert rows["conv_stack"].result == "MISS"
+    assert rows["conv_stack"].misses[0].endswith("RuntimeError: out of registers")
+    assert rows["conv3x3"].result == rows["maxpool2x2"].result == "ok"
+
+
+def test_a_kernel_beyond_the_cap_is_absent_with_the_reason(monkeypatch):
+    monkeypatch.setenv("VGG_FAST_ISA", "portable")
+    rows = verify(shapes=[testing.shape("two")], dtypes=[torch.float32])
+    by_kernel = {row.kernel: row for row in rows if row.op == "conv3x3"}
+    assert by_kernel["portable_f32"].result == "ok"
+    for name in selection.cpu_kernels()[:-1]:
+        assert by_kernel[name].result == "not here"
+        assert name in by_kernel[name].absent
+
+
+def test_only_the_named_kernels():
+    rows = verify(only=["portable_f32"], shapes=[testing.shape("two")], dtypes=[torch.float32])
+    assert [(row.op, row.kernel) for row in rows] == [("conv3x3", "portable_f32"), ("conv_stack", "portable_f32")]
+
+
+def test_unknown_names_say_what_there_is():
+    with pytest.raises(Unavailable, match=f"no kernel 'neon'.*{kernels('cpu')[0]}"):
+        verify(only=["neon"])
+    with pytest.raises(Unavailable, match="cpu or cuda"):
+        verify("tpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_cuda_without_a_gpu_is_said_clearly():
+    with pytest.raises(Unavailable, match="no CUDA device"):
+        verify("cuda")
