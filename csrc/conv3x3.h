@@ -34,7 +34,7 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 struct Conv3x3Args {
   const char* x;           // [cin_blocks][h + 2][w + 2][16] words
   const uint32_t* weight;  // [groups][cin_blocks][taps][16][g] words
-  const float* scale;      // [groups * g], >= 0 (the sign is in the weights), so that pooling may come first
+  const float* scale;      // [groups * g], > 0 (the sign is in the weights), so that pooling may come first
   const float* shift;      // [groups * g]
   char* y;                 // where output pixel (0, 0) of channel 0 goes
   int64_t y_pixel;         // bytes from one output pixel to the next,

@@ -147,6 +147,24 @@ def test_batchnorm_epilogue_within_the_derived_bound(kernel, name):
     testing.assert_within(y, expected, bound, f"{kernel} {name}")
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_scale_of_zero_still_shows_infinities(kernel):
+    """0 * inf is NaN, also where the pool would have preferred a finite neighbour."""
+    dtype = native_dtype(kernel)
+    x = testing.integer_tensor(1, 4, 4, 4, limit=2, dtype=dtype)
+    x[0, 0, 0, 0] = float("-inf")
+    weight = torch.ones(16, 4, 3, 3, dtype=dtype)
+    gamma = torch.ones(16)
+    gamma[:3] = torch.tensor([0.0, -0.0, -2.0])
+    vectors = (torch.zeros(16), torch.ones(16), gamma, torch.full((16,), 0.5))
+    packed, affine = ops.pack(weight, None, *vectors, 0.0, kernel)
+    y = ops.conv_stack(x, [packed], [affine], [2], kernel, False)
+    batchnorm = F.batch_norm(F.conv2d(x.double(), weight.double(), padding=1), *(v.double() for v in vectors), eps=0.0)
+    expected = F.max_pool2d(batchnorm, 2).to(dtype)
+    assert expected[0, 0, 0, 0].isnan()
+    assert torch.equal(y.nan_to_num(nan=99.0), expected.nan_to_num(nan=99.0))
+
+
 def test_scale_in_the_epilogue_is_closer_than_scale_in_bf16_weights():
     """The measurement behind fold.py: multiplying the scale into bf16 weights rounds each of them a second time."""
     (args,), weights, affines = packed_chain("portable_f32", [64, 64], torch.bfloat16)

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 from gpu_kernels import Huge, interpreted
-from vgg_fast.kernels import support
 
 from vgg_fast import reference, testing
+from vgg_fast.kernels import support
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # bytes per block, CUDA guide 17.2
 

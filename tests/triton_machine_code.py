@@ -21,6 +21,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
 from vgg_fast.kernels import conv3x3, maxpool2x2
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

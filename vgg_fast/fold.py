@@ -3,7 +3,8 @@
 The scale is *not* multiplied into the weights: in bf16 that would round every weight a second time. The epilogue has a
 float32 multiply-add per output for the bias anyway, so the scale rides along for nothing. Only its *sign* moves into
 the weights, which is exact in every dtype and leaves a scale >= 0: then the 2x2 max-pool commutes with the affine map
-and ReLU, and kernels may pool their raw accumulators.
+and ReLU, and kernels may pool their raw accumulators. A scale of 0 moves into the weights as a whole, so that an
+infinite input gives the NaN it has to give before the pool could hide it.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def batchnorm_affine(
         bn_eps: added to the variance.
 
     Returns:
-        ``(sign, affine)``: sign ``[Cout]`` fp32 of +1 / -1 to multiply into the weights, and affine fp32 ``[2, Cout]``
-        (scale >= 0, shift), computed in float64.
+        ``(sign, affine)``: sign ``[Cout]`` fp32 of +1, -1 or 0 to multiply into the weights, and affine fp32
+        ``[2, Cout]`` (scale > 0, shift), computed in float64.
 
     Example:
         >>> sign, affine = batchnorm_affine(2, bias=torch.tensor([1.0, 2.0]))
@@ -49,5 +50,6 @@ def batchnorm_affine(
         shift = (shift - bn_mean.double()) * scale
         if bn_bias is not None:
             shift = shift + bn_bias.detach().double()
-    sign = torch.where(scale < 0, -1.0, 1.0).to(torch.float32)
-    return sign, torch.stack([scale.abs(), shift]).to(torch.float32)
+    sign = torch.where(scale < 0, -1.0, torch.where(scale == 0, 0.0, 1.0)).to(torch.float32)
+    magnitude = torch.where(scale == 0, 1.0, scale.abs())
+    return sign, torch.stack([magnitude, shift]).to(torch.float32)

@@ -246,7 +246,7 @@ def kernels_used(model: nn.Module, x: Tensor) -> tuple[str, ...]:
     """Names of the kernels that a forward of an accelerated model runs; none if nothing ran fused.
 
     Example:
-        >>> kernels_used(accelerate(nn.Sequential(nn.Flatten())), torch.zeros(1, 2))
+        >>> kernels_used(nn.Sequential(nn.Flatten()), torch.zeros(1, 2))
         ()
     """
     with record() as segments:

@@ -57,7 +57,7 @@ def conv3x3_affine(x: Tensor, weight: Tensor, affine: Tensor, relu: bool, pool: 
     Args:
         x: ``[N, Cin, H, W]``.
         weight: ``[Cout, Cin, 3, 3]`` with the sign of the scale multiplied in (see :mod:`vgg_fast.fold`).
-        affine: fp32 ``[2, Cout]``: scale >= 0, shift.
+        affine: fp32 ``[2, Cout]``: scale > 0, shift.
         relu: apply ReLU.
         pool: apply the 2x2 max-pool.
 

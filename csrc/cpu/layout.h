@@ -34,7 +34,7 @@ struct Weight {
   DType dtype;
   int64_t cout, cin;
   int64_t stride[4];
-  const float* sign;  // [cout] of +1 / -1, multiplied in
+  const float* sign;  // [cout] of +1, -1 or 0, multiplied in
 };
 
 // Channel group `group` of a packed weight (see conv3x3.h); channels and words that do not exist are zeros.

@@ -52,8 +52,8 @@ std::tuple<Tensor, Tensor> pack_cpu(const Tensor& weight, const std::optional<Te
   std::vector<float> sign(cout);
   for (int64_t c = 0; c < cout; ++c) {
     const double scale = bn_mean ? gamma[c] / std::sqrt(var[c] + bn_eps) : 1.0;
-    sign[c] = scale < 0 ? -1.0f : 1.0f;
-    vectors[c] = static_cast<float>(std::abs(scale));
+    sign[c] = scale < 0 ? -1.0f : scale == 0 ? 0.0f : 1.0f;
+    vectors[c] = scale == 0 ? 1.0f : static_cast<float>(std::abs(scale));
     vectors[cout + c] = static_cast<float>(beta[c] + (offset[c] - mean[c]) * scale);
   }
 

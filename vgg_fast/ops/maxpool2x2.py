@@ -40,7 +40,8 @@ def _python(x: Tensor) -> Tensor:
     ):
         from vgg_fast.kernels import maxpool2x2 as kernel
 
-        return kernel.maxpool2x2(x)
+        last = torch.channels_last if suggests_channels_last(x) else torch.contiguous_format
+        return kernel.maxpool2x2(x).contiguous(memory_format=last)
     return reference.maxpool2x2(x)
 
 

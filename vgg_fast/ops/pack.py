@@ -4,7 +4,8 @@
     shift = bn_bias + (bias - bn_mean) * scale
 
 Returns ``(packed, affine)``: the weight times the sign of the scale, laid out for ``kernel`` (an opaque tensor), and
-fp32 ``[2, Cout]`` holding ``|scale|`` and ``shift``. Why the scale stays out of the weights: vgg_fast/fold.py.
+fp32 ``[2, Cout]`` holding ``|scale|`` (1 where the scale is 0) and ``shift``. Why the scale stays out of the weights:
+vgg_fast/fold.py.
 """
 
 from __future__ import annotations
