@@ -24,7 +24,9 @@ format: $(VENV)/.installed
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 bench: $(VENV)/.installed
-	$(BIN)/vgg-fast bench
+	mkdir -p build
+	$(BIN)/python -m pytest benchmarks/bench_conv3x3.py benchmarks/bench_vgg16.py --benchmark-sort=min \
+		--benchmark-columns=min,median,iqr,rounds --benchmark-json=build/benchmarks.json --csv=build/benchmarks.csv
 
 # Two stamps, so that an edit of the C++ does not install the whole environment again.
 $(VENV)/.environment: requirements-dev.txt
