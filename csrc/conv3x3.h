@@ -89,6 +89,10 @@ struct MicroKernel {
   int64_t scratch_floats(int64_t w) const { return (rows * (w + 2) + 64) * group; }
 };
 
+// `vectors` x 16 floats as sums of `parts` bf16 values, part p at to + p * stride bytes. For the kernels with parts
+// > 1.
+void split_parts_avx512(const float* from, int64_t vectors, char* to, int64_t stride, int64_t parts);
+
 // The table, best first, and its end.
 const MicroKernel* microkernels_begin();
 const MicroKernel* microkernels_end();

@@ -157,6 +157,17 @@ VGG_TARGET inline void conv3x3_tiles(const Conv3x3Args& a, int64_t group, int64_
 
 }  // namespace
 
+VGG_TARGET void split_parts_avx512(const float* from, int64_t vectors, char* to, int64_t stride, int64_t parts) {
+  for (int64_t i = 0; i < vectors; ++i, from += 16, to += 32) {
+    const __m512 v = _mm512_loadu_ps(from);
+    if (parts == 2) {
+      Avx512::store_parts<2>(to, stride, v);
+    } else {
+      Avx512::store_parts<3>(to, stride, v);
+    }
+  }
+}
+
 VGG_TARGET void conv3x3_amx_bf16(const Conv3x3Args& args, int64_t group, int64_t row_begin, int64_t row_end,
                                  float* scratch) {
   conv3x3_tiles<1>(args, group, row_begin, row_end, scratch);

@@ -30,18 +30,15 @@ struct Element<DType::f16> {
   static void store(uint16_t* p, float v) { *p = float_to_f16(v); }
 };
 
-// A plane of rows x columns elements, converted; equal types are copied bit by bit. `part`: which of the bf16 values
-// that stand for the element.
-template <DType kFrom, DType kTo, bool kSplit>
+// A plane of rows x columns elements, converted; equal types are copied bit by bit.
+template <DType kFrom, DType kTo>
 void copy_plane(const char* from, int64_t from_row, int64_t from_column, char* to, int64_t to_row, int64_t to_column,
-                int64_t rows, int64_t columns, int64_t part) {
+                int64_t rows, int64_t columns) {
   auto* source = reinterpret_cast<const typename Element<kFrom>::Type*>(from);
   auto* target = reinterpret_cast<typename Element<kTo>::Type*>(to);
   for (int64_t r = 0; r < rows; ++r, source += from_row, target += to_row) {
     for (int64_t c = 0; c < columns; ++c) {
-      if constexpr (kSplit) {
-        target[c * to_column] = bf16_part(Element<kFrom>::load(source + c * from_column), part);
-      } else if constexpr (kFrom == kTo) {
+      if constexpr (kFrom == kTo) {
         target[c * to_column] = source[c * from_column];
       } else {
         Element<kTo>::store(target + c * to_column, Element<kFrom>::load(source + c * from_column));
@@ -50,19 +47,27 @@ void copy_plane(const char* from, int64_t from_row, int64_t from_column, char* t
   }
 }
 
-using CopyPlane = decltype(&copy_plane<DType::f32, DType::f32, false>);
+using CopyPlane = decltype(&copy_plane<DType::f32, DType::f32>);
 
 template <DType kFrom>
-CopyPlane copy_plane_from(DType to, bool split) {
-  if (split) return copy_plane<kFrom, DType::bf16, true>;
-  if (to == DType::f32) return copy_plane<kFrom, DType::f32, false>;
-  return to == DType::bf16 ? copy_plane<kFrom, DType::bf16, false> : copy_plane<kFrom, DType::f16, false>;
+CopyPlane copy_plane_from(DType to) {
+  if (to == DType::f32) return copy_plane<kFrom, DType::f32>;
+  return to == DType::bf16 ? copy_plane<kFrom, DType::bf16> : copy_plane<kFrom, DType::f16>;
 }
 
-CopyPlane copy_plane_for(DType from, DType to, bool split) {
-  return from == DType::f32    ? copy_plane_from<DType::f32>(to, split)
-         : from == DType::bf16 ? copy_plane_from<DType::bf16>(to, split)
-                               : copy_plane_from<DType::f16>(to, split);
+CopyPlane copy_plane_for(DType from, DType to) {
+  return from == DType::f32    ? copy_plane_from<DType::f32>(to)
+         : from == DType::bf16 ? copy_plane_from<DType::bf16>(to)
+                               : copy_plane_from<DType::f16>(to);
+}
+
+// `vectors` x 16 fp32 values in the parts of a kernel that has them.
+void split_parts(const float* from, int64_t vectors, char* to, int64_t stride, const MicroKernel& kernel) {
+#if defined(__x86_64__)
+  split_parts_avx512(from, vectors, to, stride, kernel.parts);
+#else
+  (void)from, (void)vectors, (void)to, (void)stride, (void)kernel;  // no kernel there has parts
+#endif
 }
 
 }  // namespace
@@ -71,40 +76,48 @@ int64_t map_bytes(int64_t planes, int64_t h, int64_t w) { return (planes * (h + 
 
 void pack_row(const Image& image, const MicroKernel& kernel, char* map, int64_t row) {
   const int64_t block = kernel.block(), pitch = (image.w + 2) * kLine, size = element_size(image.dtype);
-  const CopyPlane copy = copy_plane_for(image.dtype, kernel.compute, kernel.parts > 1);
-  for (int64_t plane = 0; plane < ceil_div(image.c, block) * kernel.parts; ++plane) {
-    const int64_t b = plane / kernel.parts, part = plane % kernel.parts;
-    char* line = map + (plane * (image.h + 2) + row) * pitch;
-    std::memset(line, 0, pitch);
+  const int64_t plane = (image.h + 2) * pitch;
+  const bool split = kernel.parts > 1;
+  const CopyPlane copy = copy_plane_for(image.dtype, split ? DType::f32 : kernel.compute);
+  std::vector<float> whole(split ? image.w * block : 0);
+  for (int64_t b = 0; b < ceil_div(image.c, block); ++b) {
+    char* line = map + b * kernel.parts * plane + row * pitch;
+    for (int64_t part = 0; part < kernel.parts; ++part) std::memset(line + part * plane, 0, pitch);
     if (row == 0 || row == image.h + 1) continue;
     const int64_t channels = std::min(block, image.c - b * block);
+    if (split && channels < block) std::fill(whole.begin(), whole.end(), 0.0f);
     const char* source = image.data + (b * block * image.stride_c + (row - 1) * image.stride_h) * size;
+    char* target = split ? reinterpret_cast<char*>(whole.data()) : line + kLine;
     if (image.stride_c == 1) {
-      copy(source, image.stride_w, 1, line + kLine, block, 1, image.w, channels, part);
+      copy(source, image.stride_w, 1, target, block, 1, image.w, channels);
     } else {
-      copy(source, image.stride_c, image.stride_w, line + kLine, 1, block, channels, image.w, part);
+      copy(source, image.stride_c, image.stride_w, target, 1, block, channels, image.w);
     }
+    if (split) split_parts(whole.data(), image.w * block / kVector, line + kLine, plane, kernel);
   }
 }
 
 void gather_rows(const Image& image, const MicroKernel& kernel, char* map, int64_t row_begin, int64_t row_end) {
   const int64_t pitch = (image.w + 2) * kLine, size = element_size(image.dtype), rows = row_end - row_begin;
-  const CopyPlane copy = copy_plane_for(image.dtype, DType::bf16, kernel.parts > 1);
+  const bool split = kernel.parts > 1;
+  const CopyPlane copy = copy_plane_for(image.dtype, split ? DType::f32 : DType::bf16);
   // The image's rows as bf16 [row][column][channel] with a border: the three neighbours of a pixel in a row are then
-  // one piece of 3 * c values.
-  const int64_t line = (image.w + 2) * image.c;
-  std::vector<uint16_t> bordered((rows + 2) * line);
+  // one piece of 3 * c values. In parts, an fp32 copy comes first.
+  const int64_t line = (image.w + 2) * image.c, vectors = ceil_div((rows + 2) * line, kVector);
+  std::vector<uint16_t> bordered(kernel.parts * vectors * kVector);
+  std::vector<float> whole(split ? vectors * kVector : 0);
+  for (int64_t y = std::max<int64_t>(row_begin - 1, 0); y < std::min(row_end + 1, image.h); ++y) {
+    const int64_t first = (y - row_begin + 1) * line + image.c;
+    char* target = split ? reinterpret_cast<char*>(whole.data() + first) : reinterpret_cast<char*>(&bordered[first]);
+    copy(image.data + y * image.stride_h * size, image.stride_c, image.stride_w, target, 1, image.c, image.c, image.w);
+  }
+  if (split)
+    split_parts(whole.data(), vectors, reinterpret_cast<char*>(bordered.data()), vectors * kVector * 2, kernel);
   for (int64_t part = 0; part < kernel.parts; ++part) {
-    std::fill(bordered.begin(), bordered.end(), uint16_t{0});
-    for (int64_t y = std::max<int64_t>(row_begin - 1, 0); y < std::min(row_end + 1, image.h); ++y) {
-      char* target = reinterpret_cast<char*>(bordered.data() + (y - row_begin + 1) * line + image.c);
-      copy(image.data + y * image.stride_h * size, image.stride_c, image.stride_w, target, 1, image.c, image.c, image.w,
-           part);
-    }
     for (int64_t row = row_begin; row < row_end; ++row) {
       char* pixels = map + (part * (image.h + 2) + row) * pitch;
       std::memset(pixels, 0, pitch);
-      const uint16_t* above = bordered.data() + (row - row_begin) * line;
+      const uint16_t* above = bordered.data() + part * vectors * kVector + (row - row_begin) * line;
       for (int64_t x = 0; x < image.w; ++x, pixels += kLine, above += image.c) {
         for (int64_t tap_row = 0; tap_row < 3; ++tap_row) {
           std::memcpy(pixels + tap_row * 3 * image.c * 2, above + tap_row * line, 3 * image.c * 2);
@@ -127,9 +140,8 @@ void clear_border(char* map, int64_t plane, int64_t h, int64_t w) {
 
 void copy_row(const Image& from, const Image& to, int64_t row) {
   const int64_t size = element_size(from.dtype);
-  copy_plane_for(from.dtype, to.dtype, false)(from.data + row * from.stride_h * size, from.stride_c, from.stride_w,
-                                              to.data + row * to.stride_h * size, to.stride_c, to.stride_w, to.c, to.w,
-                                              0);
+  copy_plane_for(from.dtype, to.dtype)(from.data + row * from.stride_h * size, from.stride_c, from.stride_w,
+                                       to.data + row * to.stride_h * size, to.stride_c, to.stride_w, to.c, to.w);
 }
 
 void pack_weight_group(const Weight& weight, const MicroKernel& kernel, uint32_t* packed, int64_t group) {
