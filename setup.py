@@ -36,7 +36,7 @@ SANITIZE = SANITIZE if SANITIZERS else []
 
 # gcc 12 sees uninitialised variables in its own AVX-512 header, and warns that a 64-byte vector (of internal functions,
 # in the portable kernel) has another calling convention with AVX-512 than without.
-QUIET = ["-Wno-maybe-uninitialized", "-Wno-psabi"]
+WARNINGS = ["-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-psabi"]
 
 _spec = importlib.util.spec_from_file_location("vgg_fast_cuda_build", ROOT / "csrc/cuda/build.py")
 assert _spec is not None
@@ -154,8 +154,7 @@ setup(
             sources=sources("bindings.cpp", "cpu/*.cpp"),
             depends=sources("*.h", "cpu/*.h", "cpu/*.inl", "cpu/*.inc"),
             define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET)],
-            extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", *QUIET]
-            + SANITIZE,
+            extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", *WARNINGS, *SANITIZE],
             extra_link_args=SANITIZE,
             libraries=["torch_cpu", "c10"],
             py_limited_api=True,
