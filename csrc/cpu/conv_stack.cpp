@@ -31,16 +31,25 @@ struct Stack {
   int64_t stored_blocks(const Layer& layer) const {
     return ceil_div(kernel.groups(layer.cout) * kernel.group, kernel.block());
   }
-  // Maps 0, 2, 4 ... live in the first buffer, 1, 3, 5 ... in the second; map i is the input of layer i.
-  int64_t map_size(size_t i) const {
-    if (i == 0) return map_bytes(kernel.cin_blocks(layers[0].cin), layers[0].h, layers[0].w);
-    const Layer& from = layers[i - 1];
-    return i == layers.size() && direct ? 0 : map_bytes(stored_blocks(from), from.out_h(), from.out_w());
-  }
+  // The first buffer holds every other map from the first on, the second those between. A thin layer inside the chain
+  // (gathers) has one more, of its input's neighbourhoods.
   int64_t buffer_size(size_t parity) const {
+    std::vector<int64_t> maps = {map_bytes(kernel.cin_blocks(layers[0].cin), layers[0].h, layers[0].w)};
+    for (size_t i = 0; i < layers.size(); ++i) {
+      const Layer& layer = layers[i];
+      if (i > 0 && kernel.gathers(layer.cin)) maps.push_back(map_bytes(1, layer.h, layer.w));
+      if (i + 1 == layers.size() && direct) break;
+      maps.push_back(map_bytes(stored_blocks(layer), layer.out_h(), layer.out_w()));
+    }
     int64_t size = 0;
-    for (size_t i = parity; i <= layers.size(); i += 2) size = std::max(size, map_size(i));
+    for (size_t i = parity; i < maps.size(); i += 2) size = std::max(size, maps[i]);
     return size;
+  }
+
+  // The channels of a layer's input, which fit in one block, as an image.
+  Image blocked_image(char* map, const Layer& layer) const {
+    const int64_t pitch = (layer.w + 2) * kernel.block();
+    return {map + (layer.w + 3) * kLine, kernel.compute, layer.cin, layer.h, layer.w, 1, pitch, kernel.block()};
   }
 
   void run(const Image& x, const Image& y, char* even, char* odd, const std::vector<std::vector<float>>& affines) const;
@@ -117,6 +126,13 @@ void Stack::run(const Image& x, const Image& y, char* even, char* odd,
   });
   for (size_t i = 0; i < layers.size(); ++i) {
     const bool last = i + 1 == layers.size();
+    if (i > 0 && kernel.gathers(layers[i].cin)) {
+      const Image inner = blocked_image(even, layers[i]);
+      torch::stable::parallel_for(0, inner.h, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) gather_row(inner, odd, row);
+      });
+      std::swap(even, odd);
+    }
     run_layer(layers[i], even, odd, last && direct ? &y : nullptr, affines[i]);
     std::swap(even, odd);
   }
