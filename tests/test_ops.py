@@ -150,6 +150,21 @@ def test_few_channels_in_the_middle_of_a_stack(kernel):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("channels", [[15, 2, 15], [3, 3, 1, 2, 40]], ids=["one", "all"])
+@pytest.mark.parametrize("last", [False, True])
+def test_thin_layers_inside_a_chain(kernel, channels, last):
+    """A kernel with a form of its own for first layers packs by Cin alone; inside a chain that form has to work too."""
+    dtype = native_dtype(kernel)
+    _, weights, affines = packed_chain(kernel, channels, dtype)
+    program = [1, 3, 1, 0][: len(weights)]
+    for n in (1, 4):
+        x = step = testing.random_tensor(n, channels[0], 11, 8, dtype=dtype)
+        for weight, affine, flags in zip(weights, affines, program, strict=True):
+            step = ops.conv_stack(step, [weight], [affine], [flags], kernel, last)
+        assert torch.equal(ops.conv_stack(x, weights, affines, program, kernel, last), step)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("name", ["rgb_odd", "ragged", "deep", "tall", "one_pixel"])
 def test_batchnorm_epilogue_within_the_derived_bound(kernel, name):
     shape, dtype = testing.shape(name), native_dtype(kernel)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -15,18 +18,20 @@ COOPER_LAKE = AVX512 + " avx512_bf16"
 SAPPHIRE_RAPIDS = COOPER_LAKE + " amx_tile amx_bf16"
 
 
-@pytest.mark.parametrize(
-    ("flags", "highest", "high", "medium"),
-    [
-        ("", "portable_f32", "portable_f32", "portable_f32"),
-        ("avx2", "portable_f32", "portable_f32", "portable_f32"),  # AVX2 without FMA
-        (AVX2, "avx2_f32", "avx2_f32", "avx2_f32"),
-        (AVX2 + " avx512f", "avx2_f32", "avx2_f32", "avx2_f32"),  # Knights Landing: no BW and VL
-        (AVX512, "avx512_f32", "avx512_f32", "avx512_f32"),
-        (COOPER_LAKE, "avx512_f32", "avx512_f32", "avx512_bf16"),
-        (SAPPHIRE_RAPIDS, "amx_bf16x6", "amx_bf16x3", "amx_bf16"),
-    ],
-)
+# What CPUs of these flags choose for fp32 at the three precisions; bf16 tensors are content with the last, fp16 ones
+# with the middle one.
+CPUS = [
+    ("", "portable_f32", "portable_f32", "portable_f32"),
+    ("avx2", "portable_f32", "portable_f32", "portable_f32"),  # AVX2 without FMA
+    (AVX2, "avx2_f32", "avx2_f32", "avx2_f32"),
+    (AVX2 + " avx512f", "avx2_f32", "avx2_f32", "avx2_f32"),  # Knights Landing: no BW and VL
+    (AVX512, "avx512_f32", "avx512_f32", "avx512_f32"),
+    (COOPER_LAKE, "avx512_f32", "avx512_f32", "avx512_bf16"),
+    (SAPPHIRE_RAPIDS, "amx_bf16x6", "amx_bf16x3", "amx_bf16"),
+]
+
+
+@pytest.mark.parametrize(("flags", "highest", "high", "medium"), CPUS)
 def test_cpu_kernel_by_flags(flags, highest, high, medium):
     assert select(Problem(torch.float32, "cpu", flags)) == highest
     assert select(Problem(torch.float32, "cpu", flags, "high")) == high
@@ -60,6 +65,36 @@ def test_fp32_follows_pytorchs_settings():
         torch.backends.mkldnn.conv.fp32_precision = "none"
         torch.set_float32_matmul_precision("highest")
         assert selection.choose(torch.float32, cpu) == "amx_bf16x6"
+
+
+def table() -> dict[str, list[str]]:
+    """The flags that each row of the table of micro-kernels asks for, as the source has it."""
+    source = (Path(__file__).parents[1] / "csrc/cpu/microkernels.inc").read_text()
+    rows = re.findall(r'^MICROKERNEL\((\w+),\s*"\w+",\s*"([^"]*)"', source, re.M)
+    return {name: flags.split() for name, flags in rows}
+
+
+def test_the_table_is_the_librarys():
+    assert set(selection.cpu_kernels()) <= set(table())  # those of another architecture are not compiled
+    assert "portable_f32" in table()
+
+
+@pytest.mark.parametrize("kernel", selection.cpu_kernels())
+def test_every_row_of_the_table_is_chosen_somewhere(kernel):
+    """Fails for a new row until :data:`CPUS` says which CPU would choose it, whether or not this machine can run it."""
+    assert any(kernel in chosen for _, *chosen in CPUS), f"no CPU of CPUS chooses {kernel}"
+
+
+@pytest.mark.parametrize("kernel", selection.cpu_kernels())
+def test_every_flag_of_a_row_is_needed(kernel):
+    flags = table()[kernel]
+    dtype = torch.bfloat16  # which every kernel takes
+    assert select(Problem(dtype, "cpu", " ".join(flags)), kernel) == kernel
+    for flag in flags:
+        others = " ".join(f for f in flags if f != flag)
+        with pytest.raises(RuntimeError, match=f"kernel '{kernel}' needs the CPU flags '{flag}'"):
+            select(Problem(dtype, "cpu", others), kernel)
+        assert select(Problem(dtype, "cpu", others)) != kernel
 
 
 @pytest.mark.parametrize(

@@ -127,11 +127,16 @@ def conv_bound(
     u32 = 2.0**-24
     k = 9 * x.shape[1]
     magnitude = F.conv2d(x.double().abs(), weight.double().abs(), padding=1)
+    # Denormal operands are read as zeros and denormal sums flushed: the smallest normal number times what it meets.
+    tiny = torch.finfo(torch.float32).tiny
+    met = F.conv2d(x.double().abs(), torch.ones(1, *weight.shape[1:], dtype=torch.float64, device=x.device), padding=1)
+    flushed = tiny * (met + weight.double().abs().sum((1, 2, 3))[:, None, None] + k)
     if affine is not None:
         scale, shift = affine.double().abs()[:, :, None, None]
+        flushed = flushed * scale + tiny * magnitude
         magnitude = magnitude * scale + shift
     # k terms, then the two operations of the epilogue, then the rounding of the affine vectors themselves.
-    bound = magnitude * ((k + 4) * u32 + product_error)
+    bound = magnitude * ((k + 4) * u32 + product_error) + flushed
     rounding = torch.finfo(out_dtype or x.dtype).eps / 2
     bound = bound + rounding * (magnitude + bound)
     # Results below the smallest normal number may be flushed or rounded to a denormal.

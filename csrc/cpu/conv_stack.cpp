@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <utility>
 
+#include "denormals.h"
 #include "torch_cpu.h"
 
 namespace vgg_fast {
@@ -115,6 +116,7 @@ void Stack::run_layer(const Layer& layer, const char* in, char* out, const Image
   const int64_t rows = layer.pool ? layer.h / 2 * 2 : layer.h, chunks = ceil_div(rows, kernel.rows);
   // Groups outside: a group's weights stay in L2 while the rows pass by.
   torch::stable::parallel_for(0, groups * chunks, 1, [&](int64_t begin, int64_t end) {
+    const FlushDenormals mode;
     float* accumulators = scratch(kernel.scratch_floats(layer.w));
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t row = unit % chunks * kernel.rows;

@@ -40,9 +40,10 @@ inline uint16_t bf16_part(float value, int64_t part) {
 inline float f16_to_float(uint16_t value) {
   const uint32_t sign = uint32_t{value & 0x8000u} << 16, rest = value & 0x7fffu;
   if (rest >= 0x7c00u) return float_of(sign | 0x7f800000u | ((rest & 0x3ffu) << 13));
-  // Scaling by 2^112 re-biases the exponent, and normalises denormals on the way.
-  const float magnitude = float_of(rest << 13) * 0x1p112f;
-  return float_of(sign | bits_of(magnitude));
+  // A denormal rest x 2^-24 is what lies above 2^-14 in 2^-14 (1 + rest / 2^10): no fp32 denormal on the way, as those
+  // are slow, or zeros under FlushDenormals.
+  const float denormal = float_of(0x38800000u | (rest << 13)) - 0x1p-14f;
+  return float_of(sign | (rest >= 0x400u ? (rest << 13) + 0x38000000u : bits_of(denormal)));
 }
 
 inline uint16_t float_to_f16(float value) {

@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "convert.h"
+#include "denormals.h"
 #include "torch_cpu.h"
 
 namespace vgg_fast {
@@ -63,6 +64,7 @@ std::tuple<Tensor, Tensor> pack_cpu(const Tensor& weight, const std::optional<Te
   for (int d = 0; d < 4; ++d) plain.stride[d] = weight.stride(d);
   uint32_t* words = static_cast<uint32_t*>(packed.mutable_data_ptr());
   torch::stable::parallel_for(0, kernel.groups(cout), 1, [&](int64_t begin, int64_t end) {
+    const FlushDenormals mode;
     for (int64_t group = begin; group < end; ++group) pack_weight_group(plain, kernel, words, group);
   });
   return {packed, affine};

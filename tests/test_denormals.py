@@ -1,0 +1,123 @@
+"""Numbers below the smallest normal one: they cost no time, what flushing them loses stays within the bound, and the
+denormals of fp16, which are normal in fp32, lose nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from vgg_fast import reference, selection, testing
+
+ops = torch.ops.vgg_fast
+KERNELS = selection.cpu_kernels()
+FP32_KERNELS = [kernel for kernel in KERNELS if not kernel.endswith("bf16")]
+
+
+def runnable(kernel: str) -> torch.dtype:
+    """The kernel's own dtype, or a skip that says what this machine lacks."""
+    dtype = torch.bfloat16 if kernel.endswith("bf16") else torch.float32
+    try:
+        selection.select(selection.problem_on(dtype, torch.device("cpu")), kernel)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    return dtype
+
+
+def fastest(calls: dict[str, Callable[[], object]], rounds: int = 15) -> dict[str, float]:
+    """The least time of each call, in seconds; the calls take turns, so that a busy machine hits all of them."""
+    best = dict.fromkeys(calls, float("inf"))
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            best[name] = min(best[name], time.perf_counter() - start)
+    return best
+
+
+def pack(weight: torch.Tensor, kernel: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return ops.pack(weight, None, None, None, None, None, 0.0, kernel)
+
+
+# Without FlushDenormals the ratios were 50 to 160 (fp32 kernels) and, for packing, 4 to 6: docs/performance.md.
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_denormals_cost_no_time(kernel):
+    dtype = runnable(kernel)
+    torch.set_num_threads(1)
+    x, weight = testing.random_tensor(1, 64, 14, 14), 0.05 * testing.random_tensor(64, 64, 3, 3, seed=1)
+    normal, denormal = weight.to(dtype), (1e-38 * weight).to(dtype)
+    full, tiny, small = (pack((weight * scale).to(dtype), kernel) for scale in (1.0, 1e-38, 1e-20))
+
+    def run(x: torch.Tensor, *layers: tuple[torch.Tensor, torch.Tensor]) -> Callable[[], torch.Tensor]:
+        x, packed, affines = x.to(dtype), [p[0] for p in layers], [p[1] for p in layers]
+        return lambda: ops.conv_stack(x, packed, affines, [0] * len(layers), kernel, False)
+
+    calls = {
+        "normal": run(x, full),
+        "weights": run(x, tiny),
+        "activations": run(1e-39 * x, full),
+        "two normal layers": run(x, full, full),
+        "activations that become denormal": run(1e-19 * x, small, full),
+        "packing": lambda: pack(normal, kernel),
+        "packing denormals": lambda: pack(denormal, kernel),
+    }
+    best = fastest(calls)
+    ratios = {
+        "weights": best["weights"] / best["normal"],
+        "activations": best["activations"] / best["normal"],
+        "chain": best["activations that become denormal"] / best["two normal layers"],
+        "packing": best["packing denormals"] / best["packing"],
+    }
+    assert max(ratios.values()) < 1.5, ratios
+
+
+def test_fp16_denormals_convert_as_fast_as_other_numbers():
+    torch.set_num_threads(1)
+    x = testing.random_tensor(1, 32, 56, 56, dtype=torch.float16)
+    tiny = 1e-6 * x
+    best = fastest({"normal": lambda: ops.maxpool2x2(x), "denormal": lambda: ops.maxpool2x2(tiny)})
+    assert best["denormal"] < 1.5 * best["normal"], best
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("of_x", "of_weight"), [(1e-39, 1.0), (1.0, 1e-39), (1e-20, 1e-19), (1e-39, 1e30)])
+def test_what_is_flushed_stays_within_the_bound(kernel, of_x, of_weight):
+    dtype = runnable(kernel)
+    for name in ("rgb_odd", "ragged"):
+        x, weight, _ = testing.conv_inputs(testing.shape(name))
+        x, weight = (x * of_x).to(dtype), (weight * of_weight).to(dtype)
+        testing.assert_conv_close(ops.conv3x3(x, weight, None, False, True, kernel), x, weight, pool=True)
+
+
+@pytest.mark.parametrize("kernel", FP32_KERNELS)
+@pytest.mark.parametrize(("of_x", "of_weight"), [(2.0**-24, 1.0), (2.0**-12, 2.0**-12), (1.0, 2.0**-24)])
+def test_fp16_denormals_are_exact(kernel, of_x, of_weight):
+    """Integers times 2^-24: inputs, weights or only the results are denormal in fp16, and every sum is exact."""
+    runnable(kernel)
+    x = testing.integer_tensor(2, 5, 9, 11, limit=4, dtype=torch.float16) * of_x
+    first = testing.integer_tensor(7, 5, 3, 3, limit=1, seed=1, dtype=torch.float16) * of_weight
+    second = torch.zeros(6, 7, 3, 3, dtype=torch.float16)
+    second[:, :6, 1, 1] = torch.eye(6)
+    layers = [pack(weight, kernel) for weight in (first, second)]
+    y = ops.conv_stack(x, [p[0] for p in layers], [p[1] for p in layers], [0, 1], kernel, False)
+    expected = reference.conv3x3(x.double(), first.double(), None, True).half()[:, :6]
+    assert torch.count_nonzero((expected > 0) & (expected < torch.finfo(torch.float16).tiny)) > 100
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("flush", [False, True])
+def test_the_callers_mode_is_left_alone(flush):
+    denormals = torch.full((200_000,), 1e-39)  # enough for every thread to have its share
+    try:
+        torch.set_flush_denormal(flush)
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            before = denormals * 0.5
+            ops.conv3x3(torch.ones(3, 3, 32, 32), torch.ones(16, 3, 3, 3))
+            after = denormals * 0.5
+            assert torch.equal(before.view(torch.int32), after.view(torch.int32))
+            assert flush or after.view(torch.int32).all()
+    finally:
+        torch.set_flush_denormal(False)
