@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "torch_cpu.h"
+#include "winograd.h"
 
 namespace vgg_fast {
 namespace {
@@ -36,14 +37,31 @@ struct Stack {
     const Layer& from = layers[i - 1];
     return i == layers.size() && direct ? 0 : map_bytes(stored_blocks(from), from.out_h(), from.out_w());
   }
+  bool winograd(const Layer& layer) const {
+    return kernel.winograd_run != nullptr && winograd_pays(layer.h, layer.w, layer.cin);
+  }
+  WinogradPlan plan(const Layer& layer) const {
+    return winograd_plan(layer.h, layer.w, kernel.cin_blocks(layer.cin), kernel.groups(layer.cout), kernel.group);
+  }
+  // What the threads share within a layer, behind the two buffers.
+  int64_t shared_size() const {
+    int64_t size = 0;
+    for (const Layer& layer : layers) {
+      if (winograd(layer)) size = std::max(size, plan(layer).shared_floats() * int64_t{sizeof(float)});
+    }
+    return size;
+  }
   int64_t buffer_size(size_t parity) const {
     int64_t size = 0;
     for (size_t i = parity; i <= layers.size(); i += 2) size = std::max(size, map_size(i));
     return size;
   }
 
-  void run(const Image& x, const Image& y, char* even, char* odd, const std::vector<std::vector<float>>& affines) const;
-  void run_layer(const Layer& layer, const char* in, char* out, const Image* y, const std::vector<float>& affine) const;
+  void run(const Image& x, const Image& y, char* even, char* odd, char* shared,
+           const std::vector<std::vector<float>>& affines) const;
+  void run_layer(const Layer& layer, const char* in, char* out, char* shared, const Image* y,
+                 const std::vector<float>& affine) const;
+  void run_winograd(const Conv3x3Args& args, const WinogradPlan& plan, float* shared) const;
 };
 
 // A thread's accumulators. Kept between calls, as PyTorch's own CPU allocator caches nothing.
@@ -55,7 +73,17 @@ float* scratch(int64_t floats) {
   return reinterpret_cast<float*>((address + kLine - 1) / kLine * kLine);
 }
 
-void Stack::run_layer(const Layer& layer, const char* in, char* out, const Image* y,
+void Stack::run_winograd(const Conv3x3Args& args, const WinogradPlan& plan, float* shared) const {
+  torch::stable::parallel_for(0, plan.prepare_units(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) kernel.winograd_prepare(args, plan, unit, shared);
+  });
+  torch::stable::parallel_for(0, plan.run_units(), 1, [&](int64_t begin, int64_t end) {
+    float* own = scratch(plan.scratch_floats());
+    for (int64_t unit = begin; unit < end; ++unit) kernel.winograd_run(args, plan, unit, shared, own);
+  });
+}
+
+void Stack::run_layer(const Layer& layer, const char* in, char* out, char* shared, const Image* y,
                       const std::vector<float>& affine) const {
   const int64_t groups = kernel.groups(layer.cout), lanes = groups * kernel.group, block = kernel.block();
   Conv3x3Args args{};
@@ -95,6 +123,7 @@ void Stack::run_layer(const Layer& layer, const char* in, char* out, const Image
       for (int64_t b = begin; b < end; ++b) clear_border(out, b, layer.out_h(), layer.out_w());
     });
   }
+  if (winograd(layer)) return run_winograd(args, plan(layer), reinterpret_cast<float*>(shared));
   // The pool drops an odd last row; its convolution need not be computed.
   const int64_t rows = layer.pool ? layer.h / 2 * 2 : layer.h, chunks = ceil_div(rows, kernel.rows);
   // Groups outside: a group's weights stay in L2 while the rows pass by.
@@ -107,7 +136,7 @@ void Stack::run_layer(const Layer& layer, const char* in, char* out, const Image
   });
 }
 
-void Stack::run(const Image& x, const Image& y, char* even, char* odd,
+void Stack::run(const Image& x, const Image& y, char* even, char* odd, char* shared,
                 const std::vector<std::vector<float>>& affines) const {
   const bool gathered = kernel.gathers(x.c);
   torch::stable::parallel_for(0, gathered ? x.h : x.h + 2, 1, [&](int64_t begin, int64_t end) {
@@ -115,7 +144,7 @@ void Stack::run(const Image& x, const Image& y, char* even, char* odd,
   });
   for (size_t i = 0; i < layers.size(); ++i) {
     const bool last = i + 1 == layers.size();
-    run_layer(layers[i], even, odd, last && direct ? &y : nullptr, affines[i]);
+    run_layer(layers[i], even, odd, shared, last && direct ? &y : nullptr, affines[i]);
     std::swap(even, odd);
   }
   if (!direct) {
@@ -177,14 +206,14 @@ Tensor conv_stack_cpu(const Tensor& x, const std::vector<Tensor>& weights, const
   // As many images at a time as there are threads, each thread on its own: no waiting between layers. What is
   // left over is shared out layer by layer; parallel_for runs serially inside itself.
   const int64_t alone = n / threads * threads;
-  const int64_t even = stack.buffer_size(0), odd = stack.buffer_size(1);
+  const int64_t even = stack.buffer_size(0), odd = stack.buffer_size(1), slot_size = even + odd + stack.shared_size();
   const Tensor workspace =
-      torch::stable::empty({(alone ? threads : 1) * (even + odd) + kLine}, ScalarType::Byte, std::nullopt, x.device());
+      torch::stable::empty({(alone ? threads : 1) * slot_size + kLine}, ScalarType::Byte, std::nullopt, x.device());
   const auto address = reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr());
   char* base = reinterpret_cast<char*>((address + kLine - 1) / kLine * kLine);
   auto run_image = [&](int64_t image, int64_t slot) {
-    char* buffer = base + slot * (even + odd);
-    stack.run(image_of(x, dtype, image), image_of(y, dtype, image), buffer, buffer + even, padded);
+    char* buffer = base + slot * slot_size;
+    stack.run(image_of(x, dtype, image), image_of(y, dtype, image), buffer, buffer + even, buffer + even + odd, padded);
   };
   torch::stable::parallel_for(0, alone ? threads : 0, 1, [&](int64_t begin, int64_t end) {
     for (int64_t slot = begin; slot < end; ++slot) {

@@ -1,0 +1,93 @@
+// How a layer is cut up for the Winograd kernels: F(4x4, 3x3) of Lavin and Gray, "Fast Algorithms for
+// Convolutional Neural Networks" (arXiv 1509.09308). 36 products make a tile of 4x4 outputs instead of 144:
+//
+//   Y = A^T [ sum over cin of (G g G^T) . (B^T d B) ] A      d: 6x6 inputs, g: 3x3 weights, '.': element by element
+//
+// The sum over cin is 36 matrix products M[xi] = V[xi] U[xi], xi = 0 .. 35:
+//
+//   V  inputs   [xi][block][tile][16]   of a chunk, a rectangle of tiles
+//   U  weights  [xi][cin][g]            of a group of output channels
+//   M  sums     [xi][tile][g]
+//
+// U is made anew in every call: kept in the pack it would be four times the plain weights, and from memory the plain
+// weights arrive faster than U would.
+#pragma once
+#include <algorithm>
+
+#include "../conv3x3.h"
+
+namespace vgg_fast {
+
+constexpr int64_t kTile = 4, kPatch = kTile + 2, kPlanes = kPatch * kPatch;
+// Input channels of one partial sum; partial sums are added up in a second step. A single sum over 512 channels was
+// measured to double the error.
+constexpr int64_t kSumBlocks = 8;
+// Floats between the 36 planes that keep them out of one another's cache sets.
+constexpr int64_t kSkew = 16;
+// Larger inputs or weights (and inf, NaN) are left to the direct kernel: below it no intermediate value can overflow,
+// the transforms magnifying by less than 2^12 and 2^80 * 2^12 leaving room for 2^35 channels.
+constexpr float kLargest = 0x1p40f;
+
+// Either the weights of all groups are transformed first and shared, and a unit of work transforms the inputs of one
+// chunk (large maps); or the inputs are, and a unit transforms the weights of one group (many channels).
+struct WinogradPlan {
+  int64_t group, cin_blocks, groups;
+  int64_t tile_rows, tile_columns;    // of the map
+  int64_t chunk_rows, chunk_columns;  // into how many chunks the map is cut, down and across
+  int64_t chunk_tiles;                // most tiles of a chunk
+  bool share_weights;
+  int64_t unit_chunks;  // chunks per unit where the inputs are shared
+
+  int64_t chunks() const { return chunk_rows * chunk_columns; }
+  int64_t v_plane(int64_t blocks) const { return blocks * chunk_tiles * kWords + kSkew; }
+  int64_t u_plane(int64_t blocks) const { return blocks * kWords * group + kSkew; }
+  int64_t m_plane() const { return chunk_tiles * group + kSkew; }
+  int64_t sum_blocks() const { return std::min(kSumBlocks, cin_blocks); }
+
+  // Floats of the shared operand, of one of its parts (a group's or a chunk's), and of its flags (whether a part's
+  // block holds a value over kLargest).
+  int64_t parts() const { return share_weights ? groups : chunks(); }
+  int64_t part_floats() const { return kPlanes * (share_weights ? u_plane(cin_blocks) : v_plane(cin_blocks)); }
+  int64_t shared_floats() const { return parts() * (part_floats() + ceil_div(cin_blocks, kSkew) * kSkew); }
+
+  int64_t prepare_units() const { return parts() * cin_blocks; }
+  int64_t run_units() const { return share_weights ? chunks() : groups * ceil_div(chunks(), unit_chunks); }
+  int64_t m_parts() const { return share_weights || cin_blocks <= kSumBlocks ? 1 : unit_chunks; }
+  int64_t local_floats() const { return kPlanes * (share_weights ? v_plane(cin_blocks) : u_plane(sum_blocks())); }
+  int64_t scratch_floats() const {
+    const int64_t row_pixels = kTile * ceil_div(tile_columns, chunk_columns);
+    return local_floats() + m_parts() * kPlanes * m_plane() + kTile * row_pixels * group;
+  }
+};
+
+// Depends on nothing but the layer, so that chunks with values over kLargest are the same in every run.
+inline WinogradPlan winograd_plan(int64_t h, int64_t w, int64_t cin_blocks, int64_t groups, int64_t group) {
+  constexpr int64_t kMostTiles = 56, kUnitTiles = 112;
+  constexpr int64_t kHalfL2 = 1 << 18;  // floats
+  WinogradPlan p{};
+  p.group = group;
+  p.groups = groups;
+  p.cin_blocks = cin_blocks;
+  p.tile_rows = ceil_div(h, kTile);
+  p.tile_columns = ceil_div(w, kTile);
+  auto cut = [&p](int64_t most) {
+    p.chunk_columns = ceil_div(p.tile_columns, most);
+    const int64_t across = ceil_div(p.tile_columns, p.chunk_columns);
+    p.chunk_rows = ceil_div(p.tile_rows, std::max<int64_t>(1, most / across));
+    p.chunk_tiles = across * ceil_div(p.tile_rows, p.chunk_rows);
+  };
+  cut(std::clamp<int64_t>(kHalfL2 / (kPlanes * cin_blocks * kWords), 14, kMostTiles));
+  p.share_weights = groups * kPlanes * p.u_plane(cin_blocks) <= 5 * kHalfL2 / 2 && p.chunks() >= groups;
+  if (!p.share_weights) cut(kMostTiles);
+  p.unit_chunks = std::min(p.chunks(), std::max<int64_t>(1, kUnitTiles / p.chunk_tiles));
+  return p;
+}
+
+// Whether F(4x4) takes less time than the direct kernel. Per channel pair the products of the tiles, and the transform
+// of the weights, which was measured to cost as much as some 100 products; 9 products per pixel otherwise.
+inline bool winograd_pays(int64_t h, int64_t w, int64_t cin) {
+  const int64_t tiles = ceil_div(h, kTile) * ceil_div(w, kTile);
+  return cin >= kWords && kPlanes * tiles + 100 < kTaps * h * w;
+}
+
+}  // namespace vgg_fast
