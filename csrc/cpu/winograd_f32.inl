@@ -144,28 +144,30 @@ VGG_TARGET inline bool transform_weights(const Conv3x3Args& a, const WinogradPla
   return Isa::exceeds(largest, kLargest);
 }
 
-// m += v u over k channels for P tiles x kGroup channels; `first` starts from zero.
+// m (+)= v u over k channels for P tiles x kGroup channels; `first` starts from zero.
 template <class Isa, int P>
 VGG_TARGET inline void multiply_tiles(const float* v, int64_t block_step, const float* u, int64_t k, bool first,
                                       float* m) {
   constexpr int kVecs = Isa::kGroup / Isa::kLanes;
-  typename Isa::Vec acc[P][kVecs];
-  for (int t = 0; t < P; ++t)
-    for (int i = 0; i < kVecs; ++i) acc[t][i] = Isa::zero();
-  for (; k > 0; k -= kWords, v += block_step) {
-    for (int64_t word = 0; word < std::min(k, kWords); ++word, u += Isa::kGroup) {
-      typename Isa::Vec w[kVecs];
-      for (int i = 0; i < kVecs; ++i) w[i] = Isa::load(u + i * Isa::kLanes);
-      for (int t = 0; t < P; ++t) {
-        const typename Isa::Vec value = Isa::splat(v[t * kWords + word]);
-        for (int i = 0; i < kVecs; ++i) acc[t][i] = Isa::multiply_add(value, w[i], acc[t][i]);
+  for (; k > 0; first = false) {
+    typename Isa::Vec acc[P][kVecs];
+    for (int t = 0; t < P; ++t)
+      for (int i = 0; i < kVecs; ++i) acc[t][i] = Isa::zero();
+    for (int64_t b = 0; b < kSumBlocks && k > 0; ++b, k -= kWords, v += block_step) {
+      for (int64_t word = 0; word < std::min(k, kWords); ++word, u += Isa::kGroup) {
+        typename Isa::Vec w[kVecs];
+        for (int i = 0; i < kVecs; ++i) w[i] = Isa::load(u + i * Isa::kLanes);
+        for (int t = 0; t < P; ++t) {
+          const typename Isa::Vec value = Isa::splat(v[t * kWords + word]);
+          for (int i = 0; i < kVecs; ++i) acc[t][i] = Isa::multiply_add(value, w[i], acc[t][i]);
+        }
       }
     }
-  }
-  for (int t = 0; t < P; ++t) {
-    for (int i = 0; i < kVecs; ++i) {
-      float* sum = m + t * Isa::kGroup + i * Isa::kLanes;
-      Isa::store(sum, first ? acc[t][i] : Isa::load(sum) + acc[t][i]);
+    for (int t = 0; t < P; ++t) {
+      for (int i = 0; i < kVecs; ++i) {
+        float* sum = m + t * Isa::kGroup + i * Isa::kLanes;
+        Isa::store(sum, first ? acc[t][i] : Isa::load(sum) + acc[t][i]);
+      }
     }
   }
 }
@@ -180,20 +182,20 @@ VGG_TARGET inline void multiply_some(int64_t tiles, const float* v, int64_t bloc
   }
 }
 
-// One partial sum: M of a chunk and a group, over the channel blocks from `block` on. The planes' weights stay in L1
-// while the tiles pass by.
+// M of a chunk and a group: what the channel blocks from `begin` to `end` add to it. A plane's weights stay in L1 while
+// the tiles pass by.
 template <class Isa>
-VGG_TARGET inline void multiply(const Conv3x3Args& a, const WinogradPlan& p, int64_t tiles, int64_t block,
+VGG_TARGET inline void multiply(const Conv3x3Args& a, const WinogradPlan& p, int64_t tiles, int64_t begin, int64_t end,
                                 const float* v, const float* u, int64_t u_plane, float* m) {
   const int64_t channels = (a.cin_blocks - 1) * kWords + a.last_words, step = tiles * kWords;
-  const int64_t k = std::min(kSumBlocks * kWords, channels - block * kWords);
+  const int64_t k = std::min(end * kWords, channels) - begin * kWords;
   const int64_t strips = ceil_div(tiles, Isa::kPixels);
   for (int64_t plane = 0; plane < kPlanes; ++plane) {
-    const float* inputs = v + plane * p.v_plane(p.cin_blocks) + block * step;
+    const float* inputs = v + plane * p.v_plane(p.cin_blocks) + begin * step;
     for (int64_t s = 0; s < strips; ++s) {
-      const int64_t begin = s * tiles / strips, end = (s + 1) * tiles / strips;
-      multiply_some<Isa>(end - begin, inputs + begin * kWords, step, u + plane * u_plane, k, block == 0,
-                         m + plane * p.m_plane() + begin * Isa::kGroup);
+      const int64_t from = s * tiles / strips, to = (s + 1) * tiles / strips;
+      multiply_some<Isa>(to - from, inputs + from * kWords, step, u + plane * u_plane, k, begin == 0,
+                         m + plane * p.m_plane() + from * Isa::kGroup);
     }
   }
 }
@@ -291,26 +293,23 @@ VGG_TARGET inline void winograd_run_unit(const Conv3x3Args& a, const WinogradPla
     }
     for (int64_t group = 0; group < p.groups; ++group) {
       const float* u = shared + group * p.part_floats();
-      for (int64_t block = 0; block < p.cin_blocks; block += kSumBlocks) {
-        const float* first = u + block * kWords * Isa::kGroup;
-        multiply<Isa>(a, p, chunk.tiles(), block, scratch, first, p.u_plane(p.cin_blocks), m);
-      }
+      multiply<Isa>(a, p, chunk.tiles(), 0, p.cin_blocks, scratch, u, p.u_plane(p.cin_blocks), m);
       finish<Isa>(a, p, chunk, group, large || any_large(p, shared, group), m, rows);
     }
     return;
   }
   const int64_t units = ceil_div(p.chunks(), p.unit_chunks), group = unit / units;
   const int64_t begin = unit % units * p.unit_chunks, end = std::min(begin + p.unit_chunks, p.chunks());
-  const int64_t plane = p.u_plane(p.sum_blocks());
-  for (int64_t block = 0; block < p.cin_blocks; block += kSumBlocks) {
-    const int64_t stop = std::min(block + kSumBlocks, p.cin_blocks);
+  const int64_t plane = p.u_plane(p.unit_blocks());
+  for (int64_t block = 0; block < p.cin_blocks; block += kUnitBlocks) {
+    const int64_t stop = std::min(block + kUnitBlocks, p.cin_blocks);
     for (int64_t b = block; b < stop; ++b) {
       large |= transform_weights<Isa>(a, p, group, b, scratch + (b - block) * kWords * Isa::kGroup, plane);
     }
     for (int64_t c = begin; c < end; ++c) {
       const Chunk chunk = chunk_of(p, c);
       float* sums = m + (p.m_parts() == 1 ? 0 : c - begin) * kPlanes * p.m_plane();
-      multiply<Isa>(a, p, chunk.tiles(), block, shared + c * p.part_floats(), scratch, plane, sums);
+      multiply<Isa>(a, p, chunk.tiles(), block, stop, shared + c * p.part_floats(), scratch, plane, sums);
       if (stop == p.cin_blocks) finish<Isa>(a, p, chunk, group, large || any_large(p, shared, c), sums, rows);
     }
   }
