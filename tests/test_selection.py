@@ -16,29 +16,29 @@ SAPPHIRE_RAPIDS = COOPER_LAKE + " amx_tile amx_bf16"
 
 
 @pytest.mark.parametrize(
-    ("flags", "fp32", "bf16"),
+    ("flags", "fp32", "fp16", "bf16"),
     [
-        ("", "portable_f32", "portable_f32"),
-        ("avx2", "portable_f32", "portable_f32"),  # AVX2 without FMA
-        (AVX2, "avx2_f32", "avx2_f32"),
-        (AVX2 + " avx512f", "avx2_f32", "avx2_f32"),  # Knights Landing: no BW and VL
-        (AVX512, "avx512_f32", "avx512_f32"),
-        (COOPER_LAKE, "avx512_f32", "avx512_bf16"),
-        (SAPPHIRE_RAPIDS, "avx512_f32", "amx_bf16"),
+        ("", "portable_f32", "portable_f32", "portable_f32"),
+        ("avx2", "portable_f32", "portable_f32", "portable_f32"),  # AVX2 without FMA
+        (AVX2, "avx2_winograd_f32", "avx2_f32", "avx2_f32"),
+        (AVX2 + " avx512f", "avx2_winograd_f32", "avx2_f32", "avx2_f32"),  # Knights Landing: no BW and VL
+        (AVX512, "avx512_winograd_f32", "avx512_f32", "avx512_f32"),
+        (COOPER_LAKE, "avx512_winograd_f32", "avx512_f32", "avx512_bf16"),
+        (SAPPHIRE_RAPIDS, "avx512_winograd_f32", "avx512_f32", "amx_bf16"),
     ],
 )
-def test_cpu_kernel_by_flags(flags, fp32, bf16):
+def test_cpu_kernel_by_flags(flags, fp32, fp16, bf16):
     assert select(Problem(torch.float32, "cpu", flags)) == fp32
-    assert select(Problem(torch.float16, "cpu", flags)) == fp32
+    assert select(Problem(torch.float16, "cpu", flags)) == fp16
     assert select(Problem(torch.bfloat16, "cpu", flags)) == bf16
 
 
 @pytest.mark.parametrize(
     ("cap", "fp32", "bf16"),
     [
-        ("portable", "portable_f32", "portable_f32"),
-        ("avx2", "avx2_f32", "avx2_f32"),
-        ("avx512", "avx512_f32", ("avx512_bf16", "avx512_f32")),
+        ("portable", "portable_f32", ("portable_f32",)),
+        ("avx2", "avx2_winograd_f32", ("avx2_f32",)),
+        ("avx512", "avx512_winograd_f32", ("avx512_bf16", "avx512_f32")),
     ],
 )
 def test_vgg_fast_isa_caps_the_choice(monkeypatch, cap, fp32, bf16):
