@@ -27,6 +27,7 @@ struct Stack {
   DType dtype;  // of the tensors, and the precision of every layer's result
   std::vector<Layer> layers;
   bool direct;  // the last layer writes the result itself
+  int64_t threads;
 
   int64_t stored_blocks(const Layer& layer) const {
     return ceil_div(kernel.groups(layer.cout) * kernel.group, kernel.block());
@@ -41,7 +42,8 @@ struct Stack {
     return kernel.winograd_run != nullptr && winograd_pays(layer.h, layer.w, layer.cin);
   }
   WinogradPlan plan(const Layer& layer) const {
-    return winograd_plan(layer.h, layer.w, kernel.cin_blocks(layer.cin), kernel.groups(layer.cout), kernel.group);
+    return winograd_plan(layer.h, layer.w, kernel.cin_blocks(layer.cin), kernel.groups(layer.cout), kernel.group,
+                         threads);
   }
   // What the threads share within a layer, behind the two buffers.
   int64_t shared_size() const {
@@ -164,7 +166,8 @@ Tensor conv_stack_cpu(const Tensor& x, const std::vector<Tensor>& weights, const
                   program.size(), " steps; it needs one of each per step, and at least one");
   const DType dtype = dtype_of(x, "conv_stack: x");
   const MicroKernel& kernel = find_microkernel(kernel_name, dtype, cpu_flags());
-  Stack stack{kernel, dtype, {}, false};
+  const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+  Stack stack{kernel, dtype, {}, false, threads};
   std::vector<std::vector<float>> padded;  // per layer: scale, shift, with zeros for the lanes past Cout
   int64_t channels = x.size(1), h = x.size(2), w = x.size(3);
   STD_TORCH_CHECK(channels > 0 && h > 0 && w > 0, "conv_stack: x has no channels or no pixels: [", x.size(0), ", ",
@@ -201,7 +204,7 @@ Tensor conv_stack_cpu(const Tensor& x, const std::vector<Tensor>& weights, const
   }
   stack.direct = channels_last && channels % kVector == 0;
   Tensor y = empty_image(x, x.size(0), channels, h, w, channels_last);
-  const int64_t n = x.size(0), threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+  const int64_t n = x.size(0);
   if (n == 0) return y;
   // As many images at a time as there are threads, each thread on its own: no waiting between layers. What is
   // left over is shared out layer by layer; parallel_for runs serially inside itself.

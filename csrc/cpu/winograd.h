@@ -22,9 +22,9 @@ constexpr int64_t kTile = 4, kPatch = kTile + 2, kPlanes = kPatch * kPatch;
 // Channel blocks of one partial sum; partial sums are added up in a second step. A single sum over 512 channels was
 // measured to double the error.
 constexpr int64_t kSumBlocks = 2;
-// Channel blocks whose weights a unit transforms at a time: with 32 output channels 590 KB of U, which stay in L2. A
-// multiple of kSumBlocks.
-constexpr int64_t kUnitBlocks = 8;
+// Where the inputs are shared, a unit works on 64 of the input channels at a time, at most 128 output channels and 56
+// tiles: V (0.5 MB), M (1 MB) and U of one group (0.3 MB) then stay in L2. A multiple of kSumBlocks.
+constexpr int64_t kUnitBlocks = 4, kUnitChannels = 128, kUnitTiles = 56;
 // Floats between the 36 planes that keep them out of one another's cache sets.
 constexpr int64_t kSkew = 16;
 // Larger inputs or weights (and inf, NaN) are left to the direct kernel: below it no intermediate value can overflow,
@@ -39,7 +39,7 @@ struct WinogradPlan {
   int64_t chunk_rows, chunk_columns;  // into how many chunks the map is cut, down and across
   int64_t chunk_tiles;                // most tiles of a chunk
   bool share_weights;
-  int64_t unit_chunks;  // chunks per unit where the inputs are shared
+  int64_t unit_chunks, unit_groups;  // chunks and groups of a unit where the inputs are shared
 
   int64_t chunks() const { return chunk_rows * chunk_columns; }
   int64_t v_plane(int64_t blocks) const { return blocks * chunk_tiles * kWords + kSkew; }
@@ -54,8 +54,8 @@ struct WinogradPlan {
   int64_t shared_floats() const { return parts() * (part_floats() + ceil_div(cin_blocks, kSkew) * kSkew); }
 
   int64_t prepare_units() const { return parts() * cin_blocks; }
-  int64_t run_units() const { return share_weights ? chunks() : groups * ceil_div(chunks(), unit_chunks); }
-  int64_t m_parts() const { return share_weights || cin_blocks <= kUnitBlocks ? 1 : unit_chunks; }
+  int64_t run_units() const { return share_weights ? chunks() : ceil_div(groups, unit_groups) * ceil_div(chunks(), unit_chunks); }
+  int64_t m_parts() const { return share_weights || cin_blocks <= kUnitBlocks ? 1 : unit_groups * unit_chunks; }
   int64_t local_floats() const { return kPlanes * (share_weights ? v_plane(cin_blocks) : u_plane(unit_blocks())); }
   int64_t scratch_floats() const {
     const int64_t row_pixels = kTile * ceil_div(tile_columns, chunk_columns);
@@ -63,9 +63,11 @@ struct WinogradPlan {
   }
 };
 
-// Depends on nothing but the layer, so that chunks with values over kLargest are the same in every run.
-inline WinogradPlan winograd_plan(int64_t h, int64_t w, int64_t cin_blocks, int64_t groups, int64_t group) {
-  constexpr int64_t kMostTiles = 56, kUnitTiles = 112;
+// Chunks depend on nothing but the layer, so that those with values over kLargest are the same in every run; the number
+// of threads only says how many of the groups a unit gets.
+inline WinogradPlan winograd_plan(int64_t h, int64_t w, int64_t cin_blocks, int64_t groups, int64_t group,
+                                  int64_t threads) {
+  constexpr int64_t kMostTiles = 56;
   constexpr int64_t kHalfL2 = 1 << 18;  // floats
   WinogradPlan p{};
   p.group = group;
@@ -83,14 +85,16 @@ inline WinogradPlan winograd_plan(int64_t h, int64_t w, int64_t cin_blocks, int6
   p.share_weights = groups * kPlanes * p.u_plane(cin_blocks) <= 5 * kHalfL2 / 2 && p.chunks() >= groups;
   if (!p.share_weights) cut(kMostTiles);
   p.unit_chunks = std::min(p.chunks(), std::max<int64_t>(1, kUnitTiles / p.chunk_tiles));
+  p.unit_groups = std::clamp<int64_t>(groups / threads, 1, kUnitChannels / group);
   return p;
 }
 
-// Whether F(4x4) takes less time than the direct kernel. Per channel pair the products of the tiles, and the transform
-// of the weights, which was measured to cost as much as some 100 products; 9 products per pixel otherwise.
+// Whether F(4x4) takes less time than the direct kernel. Per pair of channels it computes 36 products a tile and
+// transforms the weights, at the price of some 250 products (measured: 7x7 maps break even with AVX-512, 6x6 with AVX2);
+// the direct kernel computes 9 products a pixel. vgg_fast.testing.is_direct says the same.
 inline bool winograd_pays(int64_t h, int64_t w, int64_t cin) {
   const int64_t tiles = ceil_div(h, kTile) * ceil_div(w, kTile);
-  return cin >= kWords && kPlanes * tiles + 100 < kTaps * h * w;
+  return cin >= kWords && kPlanes * tiles + 250 < kTaps * h * w;
 }
 
 }  // namespace vgg_fast

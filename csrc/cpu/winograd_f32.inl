@@ -279,14 +279,14 @@ inline bool any_large(const WinogradPlan& p, const float* shared, int64_t part) 
   return std::find(flags, flags + p.cin_blocks, 1.0f) != flags + p.cin_blocks;
 }
 
-// Stage two: a chunk and all groups, or a group and some chunks.
+// Stage two: a chunk and all groups, or some groups and some chunks.
 template <class Isa>
 VGG_TARGET inline void winograd_run_unit(const Conv3x3Args& a, const WinogradPlan& p, int64_t unit, const float* shared,
                                          float* scratch) {
   float* m = scratch + p.local_floats();
   float* rows = m + p.m_parts() * kPlanes * p.m_plane();
-  bool large = false;
   if (p.share_weights) {
+    bool large = false;
     const Chunk chunk = chunk_of(p, unit);
     for (int64_t block = 0; block < p.cin_blocks; ++block) {
       large |= transform_inputs<Isa>(a, p, chunk, block, scratch);
@@ -298,19 +298,24 @@ VGG_TARGET inline void winograd_run_unit(const Conv3x3Args& a, const WinogradPla
     }
     return;
   }
-  const int64_t units = ceil_div(p.chunks(), p.unit_chunks), group = unit / units;
+  const int64_t units = ceil_div(p.chunks(), p.unit_chunks);
+  const int64_t first = unit / units * p.unit_groups, last = std::min(first + p.unit_groups, p.groups);
   const int64_t begin = unit % units * p.unit_chunks, end = std::min(begin + p.unit_chunks, p.chunks());
   const int64_t plane = p.u_plane(p.unit_blocks());
+  bool large_weights[kUnitChannels / Isa::kGroup] = {};
   for (int64_t block = 0; block < p.cin_blocks; block += kUnitBlocks) {
     const int64_t stop = std::min(block + kUnitBlocks, p.cin_blocks);
-    for (int64_t b = block; b < stop; ++b) {
-      large |= transform_weights<Isa>(a, p, group, b, scratch + (b - block) * kWords * Isa::kGroup, plane);
-    }
-    for (int64_t c = begin; c < end; ++c) {
-      const Chunk chunk = chunk_of(p, c);
-      float* sums = m + (p.m_parts() == 1 ? 0 : c - begin) * kPlanes * p.m_plane();
-      multiply<Isa>(a, p, chunk.tiles(), block, stop, shared + c * p.part_floats(), scratch, plane, sums);
-      if (stop == p.cin_blocks) finish<Isa>(a, p, chunk, group, large || any_large(p, shared, c), sums, rows);
+    float* sums = m;
+    for (int64_t group = first; group < last; ++group) {
+      bool& large = large_weights[group - first];
+      for (int64_t b = block; b < stop; ++b) {
+        large |= transform_weights<Isa>(a, p, group, b, scratch + (b - block) * kWords * Isa::kGroup, plane);
+      }
+      for (int64_t c = begin; c < end; ++c, sums += p.m_parts() == 1 ? 0 : kPlanes * p.m_plane()) {
+        const Chunk chunk = chunk_of(p, c);
+        multiply<Isa>(a, p, chunk.tiles(), block, stop, shared + c * p.part_floats(), scratch, plane, sums);
+        if (stop == p.cin_blocks) finish<Isa>(a, p, chunk, group, large || any_large(p, shared, c), sums, rows);
+      }
     }
   }
 }
