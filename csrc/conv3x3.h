@@ -100,9 +100,11 @@ void conv3x3_avx512_bf16(const Conv3x3Args&, int64_t group, int64_t row_begin, i
 void conv3x3_amx_bf16(const Conv3x3Args&, int64_t group, int64_t row_begin, int64_t row_end, float* scratch);
 void conv3x3_avx2_winograd_f32(const Conv3x3Args&, int64_t group, int64_t row_begin, int64_t row_end, float* scratch);
 void winograd_prepare_avx2_winograd_f32(const Conv3x3Args&, const WinogradPlan&, int64_t unit, float* shared);
-void winograd_run_avx2_winograd_f32(const Conv3x3Args&, const WinogradPlan&, int64_t unit, const float* shared, float* scratch);
+void winograd_run_avx2_winograd_f32(const Conv3x3Args&, const WinogradPlan&, int64_t unit, const float* shared,
+                                    float* scratch);
 void conv3x3_avx512_winograd_f32(const Conv3x3Args&, int64_t group, int64_t row_begin, int64_t row_end, float* scratch);
 void winograd_prepare_avx512_winograd_f32(const Conv3x3Args&, const WinogradPlan&, int64_t unit, float* shared);
-void winograd_run_avx512_winograd_f32(const Conv3x3Args&, const WinogradPlan&, int64_t unit, const float* shared, float* scratch);
+void winograd_run_avx512_winograd_f32(const Conv3x3Args&, const WinogradPlan&, int64_t unit, const float* shared,
+                                      float* scratch);
 
 }  // namespace vgg_fast

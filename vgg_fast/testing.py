@@ -129,10 +129,9 @@ def winograd(x: Tensor, weight: Tensor, absolute: bool = False) -> Tensor:
         float64 ``[N, Cout, H, W]``.
     """
     h, w = x.shape[2:]
-    matrices, x, weight = winograd_matrices(), x.double(), weight.double()
+    a, g, b, x, weight = *winograd_matrices(), x.double(), weight.double()
     if absolute:
-        matrices, x, weight = tuple(m.abs() for m in matrices), x.abs(), weight.abs()
-    a, g, b = matrices
+        a, g, b, x, weight = a.abs(), g.abs(), b.abs(), x.abs(), weight.abs()
     padded = F.pad(x, (1, -w % _TILE + 1, 1, -h % _TILE + 1))
     patches = padded.unfold(2, _PATCH, _TILE).unfold(3, _PATCH, _TILE)  # [N, Cin, tile rows, tile columns, 6, 6]
     products = torch.einsum("nchwij,ocij->nohwij", b.T @ patches @ b, g @ weight @ g.T)
@@ -169,7 +168,7 @@ def conv_bound(
     if is_direct(kernel, *x.shape[1:]):
         error = magnitude * (9 * x.shape[1] * u32 + product_error)  # as many terms
     else:
-        # Roundings on the way of a term: 2 in each of the two passes of B, 4 in each of G (its coefficient, its product,
+        # Roundings on the way of a term: 2 in each of the two passes of B, 4 in each of G (its coefficient, a product,
         # two sums), 3 in each of A, and the sum over Cin in parts of 32 channels.
         sums = min(x.shape[1], 32) + -(-x.shape[1] // 32)
         error = winograd(x, weight, absolute=True) * ((2 * 2 + 2 * 4 + 2 * 3 + sums) * u32)

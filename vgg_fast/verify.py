@@ -1,8 +1,8 @@
 """Every op and every kernel of this machine against the reference: what ``vgg-fast verify`` runs.
 
-Integer-valued inputs have to come out bit for bit (but for the Winograd kernels). Random ones have to lie, element by element, within the bound that
-:mod:`vgg_fast.testing` derives, the border judged by itself: a similarity over a whole map would not see one wrong
-corner.
+Integer-valued inputs have to come out bit for bit, except from kernels that do not sum up plain products (Winograd's).
+Random ones have to lie, element by element, within the bound that :mod:`vgg_fast.testing` derives, the border judged by
+itself: a similarity over a whole map would not see one wrong corner.
 """
 
 from __future__ import annotations

@@ -79,17 +79,17 @@ VGG_TARGET void conv3x3_avx2_f32(const Conv3x3Args& args, int64_t group, int64_t
 
 // What F(4x4) does not pay for, or a row of another layout needs: the direct kernel.
 VGG_TARGET void conv3x3_avx2_winograd_f32(const Conv3x3Args& args, int64_t group, int64_t row_begin, int64_t row_end,
-                                   float* scratch) {
+                                          float* scratch) {
   conv3x3_rows<Avx2>(args, group, row_begin, row_end, scratch);
 }
 
 VGG_TARGET void winograd_prepare_avx2_winograd_f32(const Conv3x3Args& args, const WinogradPlan& plan, int64_t unit,
-                                            float* shared) {
+                                                   float* shared) {
   winograd_prepare_unit<Avx2>(args, plan, unit, shared);
 }
 
 VGG_TARGET void winograd_run_avx2_winograd_f32(const Conv3x3Args& args, const WinogradPlan& plan, int64_t unit,
-                                        const float* shared, float* scratch) {
+                                               const float* shared, float* scratch) {
   winograd_run_unit<Avx2>(args, plan, unit, shared, scratch);
 }
 

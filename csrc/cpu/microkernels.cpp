@@ -17,7 +17,7 @@ namespace {
 constexpr MicroKernel kTable[] = {
 #define MICROKERNEL(name, cap, flags, compute, group, rows, im2col) \
   {#name, cap, flags, DType::compute, group, rows, im2col, conv3x3_##name, nullptr, nullptr},
-#define MICROKERNEL_WINOGRAD(name, cap, flags, group)                                                      \
+#define MICROKERNEL_WINOGRAD(name, cap, flags, group) \
   {#name, cap, flags, DType::f32, group, 2, false, conv3x3_##name, winograd_prepare_##name, winograd_run_##name},
 #include "microkernels.inc"
 #undef MICROKERNEL_WINOGRAD

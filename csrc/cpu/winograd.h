@@ -54,7 +54,9 @@ struct WinogradPlan {
   int64_t shared_floats() const { return parts() * (part_floats() + ceil_div(cin_blocks, kSkew) * kSkew); }
 
   int64_t prepare_units() const { return parts() * cin_blocks; }
-  int64_t run_units() const { return share_weights ? chunks() : ceil_div(groups, unit_groups) * ceil_div(chunks(), unit_chunks); }
+  int64_t run_units() const {
+    return share_weights ? chunks() : ceil_div(groups, unit_groups) * ceil_div(chunks(), unit_chunks);
+  }
   int64_t m_parts() const { return share_weights || cin_blocks <= kUnitBlocks ? 1 : unit_groups * unit_chunks; }
   int64_t local_floats() const { return kPlanes * (share_weights ? v_plane(cin_blocks) : u_plane(unit_blocks())); }
   int64_t scratch_floats() const {
@@ -90,8 +92,8 @@ inline WinogradPlan winograd_plan(int64_t h, int64_t w, int64_t cin_blocks, int6
 }
 
 // Whether F(4x4) takes less time than the direct kernel. Per pair of channels it computes 36 products a tile and
-// transforms the weights, at the price of some 250 products (measured: 7x7 maps break even with AVX-512, 6x6 with AVX2);
-// the direct kernel computes 9 products a pixel. vgg_fast.testing.is_direct says the same.
+// transforms the weights, at the price of some 250 products (measured: 7x7 maps break even with AVX-512, 6x6 with
+// AVX2); the direct kernel computes 9 products a pixel. vgg_fast.testing.is_direct says the same.
 inline bool winograd_pays(int64_t h, int64_t w, int64_t cin) {
   const int64_t tiles = ceil_div(h, kTile) * ceil_div(w, kTile);
   return cin >= kWords && kPlanes * tiles + 250 < kTaps * h * w;

@@ -85,7 +85,8 @@ VGG_TARGET inline bool transform_inputs(const Conv3x3Args& a, const WinogradPlan
     for (int64_t column = chunk.column_begin; column < chunk.column_end; ++column, out += kWords) {
       const float* from = map + row * kTile * pitch + column * kTile * kWords;
       int64_t step = pitch;
-      const int64_t rows = std::min(kPatch, a.h + 2 - row * kTile), columns = std::min(kPatch, a.w + 2 - column * kTile);
+      const int64_t rows = std::min(kPatch, a.h + 2 - row * kTile),
+                    columns = std::min(kPatch, a.w + 2 - column * kTile);
       if (rows < kPatch || columns < kPatch) {  // what lies past the map counts as zeros
         for (int64_t i = 0; i < kPatch; ++i) {
           for (int64_t j = 0; j < kPatch; ++j) {
