@@ -19,7 +19,8 @@ struct Avx512 {
   // Magnitudes compared as integers: an infinity is larger than any number, a NaN larger still.
   VGG_TARGET static Vec larger_magnitude(Vec so_far, Vec v) {
     const __m512i bits = _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff));
-    return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(so_far), bits));
+    // maskz: the form without a mask passes an uninitialised register, which gcc 12 warns about in its own header.
+    return _mm512_castsi512_ps(_mm512_maskz_max_epi32(0xffff, _mm512_castps_si512(so_far), bits));
   }
   VGG_TARGET static bool exceeds(Vec v, float limit) {  // also where v is NaN
     return _mm512_cmp_ps_mask(v, splat(limit), _CMP_NLE_UQ) != 0;
