@@ -48,6 +48,7 @@ ROADS = {
     "inputs shared, one pass over the channels": (64, 160, 12, 12),
     "inputs shared, several passes": (144, 256, 12, 13),
     "inputs shared, several units per group": (208, 192, 60, 61),
+    "inputs shared, two bands": (256, 144, 84, 100),
     "no whole tiles": (48, 33, 9, 11),
     "the last word of the last block": (129, 48, 8, 8),
 }

@@ -63,7 +63,7 @@ struct Stack {
            const std::vector<std::vector<float>>& affines) const;
   void run_layer(const Layer& layer, const char* in, char* out, char* shared, const Image* y,
                  const std::vector<float>& affine) const;
-  void run_winograd(const Conv3x3Args& args, const WinogradPlan& plan, float* shared) const;
+  void run_winograd(const Conv3x3Args& args, WinogradPlan plan, float* shared) const;
 };
 
 // A thread's accumulators. Kept between calls, as PyTorch's own CPU allocator caches nothing.
@@ -75,14 +75,16 @@ float* scratch(int64_t floats) {
   return reinterpret_cast<float*>((address + kLine - 1) / kLine * kLine);
 }
 
-void Stack::run_winograd(const Conv3x3Args& args, const WinogradPlan& plan, float* shared) const {
-  torch::stable::parallel_for(0, plan.prepare_units(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end; ++unit) kernel.winograd_prepare(args, plan, unit, shared);
-  });
-  torch::stable::parallel_for(0, plan.run_units(), 1, [&](int64_t begin, int64_t end) {
-    float* own = scratch(plan.scratch_floats());
-    for (int64_t unit = begin; unit < end; ++unit) kernel.winograd_run(args, plan, unit, shared, own);
-  });
+void Stack::run_winograd(const Conv3x3Args& args, WinogradPlan plan, float* shared) const {
+  for (plan.band = 0; plan.band < plan.bands(); ++plan.band) {
+    torch::stable::parallel_for(0, plan.prepare_units(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t unit = begin; unit < end; ++unit) kernel.winograd_prepare(args, plan, unit, shared);
+    });
+    torch::stable::parallel_for(0, plan.run_units(), 1, [&](int64_t begin, int64_t end) {
+      float* own = scratch(plan.scratch_floats());
+      for (int64_t unit = begin; unit < end; ++unit) kernel.winograd_run(args, plan, unit, shared, own);
+    });
+  }
 }
 
 void Stack::run_layer(const Layer& layer, const char* in, char* out, char* shared, const Image* y,

@@ -32,7 +32,8 @@ constexpr int64_t kSkew = 16;
 constexpr float kLargest = 0x1p40f;
 
 // Either the weights of all groups are transformed first and shared, and a unit of work transforms the inputs of one
-// chunk (large maps); or the inputs are, and a unit transforms the weights of one group (many channels).
+// chunk (large maps); or the inputs are, and a unit transforms the weights of some groups (many channels). The shared
+// inputs are those of a band of chunks; the bands of a large map take turns.
 struct WinogradPlan {
   int64_t group, cin_blocks, groups;
   int64_t tile_rows, tile_columns;    // of the map
@@ -40,6 +41,7 @@ struct WinogradPlan {
   int64_t chunk_tiles;                // most tiles of a chunk
   bool share_weights;
   int64_t unit_chunks, unit_groups;  // chunks and groups of a unit where the inputs are shared
+  int64_t band_chunks, band = 0;     // chunks that share their inputs, and which of the bands it is the turn of
 
   int64_t chunks() const { return chunk_rows * chunk_columns; }
   int64_t v_plane(int64_t blocks) const { return blocks * chunk_tiles * kWords + kSkew; }
@@ -49,13 +51,16 @@ struct WinogradPlan {
 
   // Floats of the shared operand, of one of its parts (a group's or a chunk's), and of its flags (whether a part's
   // block holds a value over kLargest).
-  int64_t parts() const { return share_weights ? groups : chunks(); }
+  int64_t parts() const { return share_weights ? groups : band_chunks; }
+  int64_t bands() const { return share_weights ? 1 : ceil_div(chunks(), band_chunks); }
+  int64_t band_begin() const { return band * band_chunks; }
+  int64_t band_size() const { return std::min(band_chunks, chunks() - band_begin()); }
   int64_t part_floats() const { return kPlanes * (share_weights ? u_plane(cin_blocks) : v_plane(cin_blocks)); }
   int64_t shared_floats() const { return parts() * (part_floats() + ceil_div(cin_blocks, kSkew) * kSkew); }
 
-  int64_t prepare_units() const { return parts() * cin_blocks; }
+  int64_t prepare_units() const { return (share_weights ? groups : band_size()) * cin_blocks; }
   int64_t run_units() const {
-    return share_weights ? chunks() : ceil_div(groups, unit_groups) * ceil_div(chunks(), unit_chunks);
+    return share_weights ? chunks() : ceil_div(groups, unit_groups) * ceil_div(band_size(), unit_chunks);
   }
   int64_t m_parts() const { return share_weights || cin_blocks <= kUnitBlocks ? 1 : unit_groups * unit_chunks; }
   int64_t local_floats() const { return kPlanes * (share_weights ? v_plane(cin_blocks) : u_plane(unit_blocks())); }
@@ -70,7 +75,7 @@ struct WinogradPlan {
 inline WinogradPlan winograd_plan(int64_t h, int64_t w, int64_t cin_blocks, int64_t groups, int64_t group,
                                   int64_t threads) {
   constexpr int64_t kMostTiles = 56;
-  constexpr int64_t kHalfL2 = 1 << 18;  // floats
+  constexpr int64_t kHalfL2 = 1 << 18, kBand = 1 << 22;  // floats
   WinogradPlan p{};
   p.group = group;
   p.groups = groups;
@@ -87,6 +92,8 @@ inline WinogradPlan winograd_plan(int64_t h, int64_t w, int64_t cin_blocks, int6
   p.share_weights = groups * kPlanes * p.u_plane(cin_blocks) <= 5 * kHalfL2 / 2 && p.chunks() >= groups;
   if (!p.share_weights) cut(kMostTiles);
   p.unit_chunks = std::min(p.chunks(), std::max<int64_t>(1, kUnitTiles / p.chunk_tiles));
+  p.band_chunks = std::max<int64_t>(1, kBand / (p.part_floats() * p.unit_chunks)) * p.unit_chunks;
+  p.band_chunks = std::min(p.band_chunks, p.chunks());
   p.unit_groups = std::clamp<int64_t>(groups / threads, 1, kUnitChannels / group);
   return p;
 }

@@ -270,7 +270,7 @@ VGG_TARGET inline void winograd_prepare_unit(const Conv3x3Args& a, const Winogra
     const int64_t rows = block * kWords * Isa::kGroup;
     large = transform_weights<Isa>(a, p, part, block, operand + rows, p.u_plane(p.cin_blocks));
   } else {
-    large = transform_inputs<Isa>(a, p, chunk_of(p, part), block, operand);
+    large = transform_inputs<Isa>(a, p, chunk_of(p, p.band_begin() + part), block, operand);
   }
   shared[p.parts() * p.part_floats() + unit] = large;
 }
@@ -299,9 +299,9 @@ VGG_TARGET inline void winograd_run_unit(const Conv3x3Args& a, const WinogradPla
     }
     return;
   }
-  const int64_t units = ceil_div(p.chunks(), p.unit_chunks);
+  const int64_t units = ceil_div(p.band_size(), p.unit_chunks);
   const int64_t first = unit / units * p.unit_groups, last = std::min(first + p.unit_groups, p.groups);
-  const int64_t begin = unit % units * p.unit_chunks, end = std::min(begin + p.unit_chunks, p.chunks());
+  const int64_t begin = unit % units * p.unit_chunks, end = std::min(begin + p.unit_chunks, p.band_size());
   const int64_t plane = p.u_plane(p.unit_blocks());
   bool large_weights[kUnitChannels / Isa::kGroup] = {};
   for (int64_t block = 0; block < p.cin_blocks; block += kUnitBlocks) {
@@ -313,7 +313,7 @@ VGG_TARGET inline void winograd_run_unit(const Conv3x3Args& a, const WinogradPla
         large |= transform_weights<Isa>(a, p, group, b, scratch + (b - block) * kWords * Isa::kGroup, plane);
       }
       for (int64_t c = begin; c < end; ++c, sums += p.m_parts() == 1 ? 0 : kPlanes * p.m_plane()) {
-        const Chunk chunk = chunk_of(p, c);
+        const Chunk chunk = chunk_of(p, p.band_begin() + c);
         multiply<Isa>(a, p, chunk.tiles(), block, stop, shared + c * p.part_floats(), scratch, plane, sums);
         if (stop == p.cin_blocks) finish<Isa>(a, p, chunk, group, large || any_large(p, shared, c), sums, rows);
       }
