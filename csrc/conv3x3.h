@@ -64,6 +64,13 @@ struct Conv3x3Args {
 // scratch: scratch_floats(w) floats, 64-byte aligned.
 using Conv3x3Fn = void (*)(const Conv3x3Args& args, int64_t group, int64_t row_begin, int64_t row_end, float* scratch);
 
+// The two stages of a Winograd kernel (cpu/winograd.h): the units of the first one fill `shared`, then those of the
+// second read it. Units of a stage are independent of one another.
+struct WinogradPlan;
+using WinogradPrepareFn = void (*)(const Conv3x3Args& args, const WinogradPlan& plan, int64_t unit, float* shared);
+using WinogradRunFn = void (*)(const Conv3x3Args& args, const WinogradPlan& plan, int64_t unit, const float* shared,
+                               float* scratch);
+
 struct MicroKernel {
   const char* name;
   const char* cap;    // the VGG_FAST_ISA level that admits it: portable, avx2, avx512, amx
@@ -75,6 +82,8 @@ struct MicroKernel {
   int64_t rows;       // convolution rows that one call works on best; its scratch holds as many
   bool im2col;        // wants the neighbourhoods of a first layer (9 * Cin <= 32) laid out by pixel
   Conv3x3Fn run;
+  WinogradPrepareFn winograd_prepare = nullptr;  // layers that F(4x4) pays for take these two instead of `run`
+  WinogradRunFn winograd_run = nullptr;
 
   int64_t block() const { return compute == DType::f32 ? kWords : 2 * kWords; }  // channels per block
   bool gathers(int64_t cin) const { return im2col && kTaps * cin <= block(); }
@@ -104,5 +113,13 @@ void conv3x3_avx512_bf16(const Conv3x3Args&, int64_t group, int64_t row_begin, i
 void conv3x3_amx_bf16(const Conv3x3Args&, int64_t group, int64_t row_begin, int64_t row_end, float* scratch);
 void conv3x3_amx_bf16x3(const Conv3x3Args&, int64_t group, int64_t row_begin, int64_t row_end, float* scratch);
 void conv3x3_amx_bf16x6(const Conv3x3Args&, int64_t group, int64_t row_begin, int64_t row_end, float* scratch);
+void conv3x3_avx2_winograd_f32(const Conv3x3Args&, int64_t group, int64_t row_begin, int64_t row_end, float* scratch);
+void winograd_prepare_avx2_winograd_f32(const Conv3x3Args&, const WinogradPlan&, int64_t unit, float* shared);
+void winograd_run_avx2_winograd_f32(const Conv3x3Args&, const WinogradPlan&, int64_t unit, const float* shared,
+                                    float* scratch);
+void conv3x3_avx512_winograd_f32(const Conv3x3Args&, int64_t group, int64_t row_begin, int64_t row_end, float* scratch);
+void winograd_prepare_avx512_winograd_f32(const Conv3x3Args&, const WinogradPlan&, int64_t unit, float* shared);
+void winograd_run_avx512_winograd_f32(const Conv3x3Args&, const WinogradPlan&, int64_t unit, const float* shared,
+                                      float* scratch);
 
 }  // namespace vgg_fast

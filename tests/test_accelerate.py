@@ -255,7 +255,7 @@ class UNet(nn.Module):
 
 def test_encoder_and_decoder():
     model = UNet(stack())
-    segments = check_equal(model, fused_copy(model), image(), kernel())
+    segments = check_equal(model, fused_copy(model, stacks.direct_kernel()), image(), stacks.direct_kernel())
     assert [len(s.names) for s in segments] == [4, 2, 3]
 
 

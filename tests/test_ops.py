@@ -61,7 +61,9 @@ def test_compile_and_export_keep_the_op():
         def forward(self, x):
             return ops.maxpool2x2(ops.conv3x3(x, weight, bias, True, False))
 
-    expected = reference.conv3x3(x, weight, bias, True, True)
+    kernel = selection.choose(x.dtype, x.device)
+    testing.assert_conv_close(Net()(x), x, weight, bias, relu=True, pool=True, kernel=kernel)
+    expected = Net()(x)
     assert torch.equal(torch.compile(Net(), fullgraph=True, backend="aot_eager")(x), expected)
     exported = torch.export.export(Net(), (x,))
     called = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
@@ -118,6 +120,8 @@ def test_pack_computes_the_affine_map_in_float64_and_moves_the_sign():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_stack_equals_its_steps_bit_for_bit(kernel, batchnorm, dtype):
     if kernel.endswith("bf16") and dtype is torch.float16:
+        return
+    if "winograd" in kernel and dtype is not torch.float32:
         return
     _, weights, affines = packed_chain(kernel, [3, 40, 64, 33, 48], dtype, batchnorm)
     x = testing.random_tensor(3, 3, 24, 21, dtype=dtype)
@@ -176,8 +180,7 @@ def test_batchnorm_epilogue_within_the_derived_bound(kernel, name):
     expected = F.relu(F.batch_norm(F.conv2d(x.double(), weight, bias, padding=1), mean, var, gamma, beta, eps=eps))
     if pool:
         expected = F.max_pool2d(expected, 2)
-    error = testing.product_error(kernel, dtype)
-    bound = testing.conv_bound(x, args[0], affines[0], pool=pool, product_error=error)
+    bound = testing.conv_bound(x, args[0], affines[0], pool=pool, kernel=kernel)
     testing.assert_within(y, expected, bound, f"{kernel} {name}")
 
 

@@ -14,6 +14,11 @@ from torch import Tensor
 
 from vgg_fast import reference
 
+# F(4x4, 3x3) on the points 0, +-5/8, +-3/2 and infinity, as in csrc/cpu/winograd_f32.inl.
+_A, _B = 0.625, 1.5
+_POINTS = torch.tensor([0.0, _A, -_A, _B, -_B], dtype=torch.float64)
+_TILE, _PATCH = 4, 6
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -90,7 +95,7 @@ _PRODUCT_ERRORS = {
 
 
 def product_error(kernel: str, dtype: torch.dtype) -> float:
-    """The ``product_error`` of :func:`conv_bound` for a kernel on tensors of ``dtype``: 0 where products are exact.
+    """Relative error of one product of a kernel on tensors of ``dtype``: 0 where products are exact.
 
     Example:
         >>> product_error("amx_bf16", torch.bfloat16), product_error("amx_bf16x3", torch.float32)
@@ -102,6 +107,62 @@ def product_error(kernel: str, dtype: torch.dtype) -> float:
     return _PRODUCT_ERRORS.get(kernel, 0.0)
 
 
+def is_direct(kernel: str, cin: int, h: int, w: int) -> bool:
+    """Whether a kernel sums up plain products, and so is exact on small integers, for a convolution of this size.
+
+    The Winograd kernels leave thin and tiny layers to the direct kernel (``winograd_pays`` in csrc/cpu/winograd.h).
+
+    Example:
+        >>> is_direct("avx512_f32", 64, 28, 28), is_direct("avx512_winograd_f32", 64, 28, 28)
+        (True, False)
+    """
+    tiles = -(-h // _TILE) * -(-w // _TILE)
+    return "winograd" not in kernel or cin < 16 or _PATCH**2 * tiles + 250 >= 9 * h * w
+
+
+def winograd_matrices() -> tuple[Tensor, Tensor, Tensor]:
+    """``(A, G, B)`` of ``Y = A^T [(G g G^T) * (B^T d B)] A`` in float64: ``[6, 4]``, ``[6, 3]`` and ``[6, 6]``.
+
+    Rows of A and G are the powers of the points, those of G over the product of the distances to the other points; B
+    follows from them, being what makes the formula right (Lavin and Gray, arXiv 1509.09308).
+
+    Example:
+        >>> [tuple(m.shape) for m in winograd_matrices()]
+        [(6, 4), (6, 3), (6, 6)]
+    """
+    a, g = torch.zeros(_PATCH, 4, dtype=torch.float64), torch.zeros(_PATCH, 3, dtype=torch.float64)
+    a[-1, -1] = g[-1, -1] = 1.0  # the point at infinity
+    for i, p in enumerate(_POINTS):
+        others = torch.cat([_POINTS[:i], _POINTS[i + 1 :]])
+        a[i], g[i] = p ** torch.arange(4), p ** torch.arange(3) / (p - others).prod()
+    # y[k] = sum_r g[r] d[k + r] for every d and g: twelve linear equations for each column of B^T.
+    products = torch.einsum("ik,ir->kri", a, g).reshape(12, _PATCH)
+    wanted = torch.stack([torch.eye(_PATCH, dtype=torch.float64)[k + r] for k in range(4) for r in range(3)])
+    return a, g, torch.linalg.lstsq(products, wanted).solution.T
+
+
+def winograd(x: Tensor, weight: Tensor, absolute: bool = False) -> Tensor:
+    """The convolution by F(4x4, 3x3) in float64; with ``absolute``, all signs dropped: what its errors are measured by.
+
+    Args:
+        x: ``[N, Cin, H, W]``.
+        weight: ``[Cout, Cin, 3, 3]``.
+        absolute: take the absolute value of every coefficient, input and weight, so that nothing cancels.
+
+    Returns:
+        float64 ``[N, Cout, H, W]``.
+    """
+    h, w = x.shape[2:]
+    a, g, b, x, weight = *winograd_matrices(), x.double(), weight.double()
+    if absolute:
+        a, g, b, x, weight = a.abs(), g.abs(), b.abs(), x.abs(), weight.abs()
+    padded = F.pad(x, (1, -w % _TILE + 1, 1, -h % _TILE + 1))
+    patches = padded.unfold(2, _PATCH, _TILE).unfold(3, _PATCH, _TILE)  # [N, Cin, tile rows, tile columns, 6, 6]
+    products = torch.einsum("nchwij,ocij->nohwij", b.T @ patches @ b, g @ weight @ g.T)
+    tiles = a.T @ products @ a
+    return tiles.permute(0, 1, 2, 4, 3, 5).flatten(4, 5).flatten(2, 3)[..., :h, :w]
+
+
 def conv_bound(
     x: Tensor,
     weight: Tensor,
@@ -109,7 +170,7 @@ def conv_bound(
     *,
     pool: bool = False,
     out_dtype: torch.dtype | None = None,
-    product_error: float = 0.0,
+    kernel: str = "",
 ) -> Tensor:
     """Elementwise error bound of ``conv3x3`` with fp32 accumulation and one rounding at the end, in float64.
 
@@ -119,24 +180,31 @@ def conv_bound(
         affine: ``[2, Cout]`` scale and shift of the epilogue; None for scale 1 (a bias adds its own rounding below).
         pool: the bound of the pooled result: the largest in each window.
         out_dtype: the dtype the result is rounded to (default: of ``x``).
-        product_error: relative error of one product, for kernels that split or round their operands.
+        kernel: the kernel's name, for those that split or round their operands (:func:`product_error`) or whose sums
+            are not of plain products (:func:`is_direct`).
 
     Returns:
         float64 ``[N, Cout, H, W]`` or its pooled size.
     """
     u32 = 2.0**-24
-    k = 9 * x.shape[1]
     magnitude = F.conv2d(x.double().abs(), weight.double().abs(), padding=1)
     # Denormal operands are read as zeros and denormal sums flushed: the smallest normal number times what it meets.
     tiny = torch.finfo(torch.float32).tiny
     met = F.conv2d(x.double().abs(), torch.ones(1, *weight.shape[1:], dtype=torch.float64, device=x.device), padding=1)
-    flushed = tiny * (met + weight.double().abs().sum((1, 2, 3))[:, None, None] + k)
+    flushed = tiny * (met + weight.double().abs().sum((1, 2, 3))[:, None, None] + 9 * x.shape[1])
+    if is_direct(kernel, *x.shape[1:]):
+        error = magnitude * (9 * x.shape[1] * u32 + product_error(kernel, x.dtype))  # as many terms
+    else:
+        # Roundings on the way of a term: 2 in each of the two passes of B, 4 in each of G (its coefficient, a product,
+        # two sums), 3 in each of A, and the sum over Cin in parts of 32 channels.
+        sums = min(x.shape[1], 32) + -(-x.shape[1] // 32)
+        error = winograd(x, weight, absolute=True) * ((2 * 2 + 2 * 4 + 2 * 3 + sums) * u32)
     if affine is not None:
         scale, shift = affine.double().abs()[:, :, None, None]
         flushed = flushed * scale + tiny * magnitude
-        magnitude = magnitude * scale + shift
-    # k terms, then the two operations of the epilogue, then the rounding of the affine vectors themselves.
-    bound = magnitude * ((k + 4) * u32 + product_error) + flushed
+        magnitude, error = magnitude * scale + shift, error * scale
+    # Then the two operations of the epilogue, and the rounding of the affine vectors themselves.
+    bound = error + magnitude * 4 * u32 + flushed
     rounding = torch.finfo(out_dtype or x.dtype).eps / 2
     bound = bound + rounding * (magnitude + bound)
     # Results below the smallest normal number may be flushed or rounded to a denormal.
@@ -182,13 +250,13 @@ def assert_conv_close(
     *,
     relu: bool = False,
     pool: bool = False,
-    product_error: float = 0.0,
+    kernel: str = "",
 ) -> None:
     """``actual`` against ``reference.conv3x3`` in float64, with the bound of :func:`conv_bound`."""
     expected = reference.conv3x3(x.double(), weight.double(), None if bias is None else bias.double(), relu, pool)
     shift = torch.zeros(weight.shape[0]) if bias is None else bias.float()
     affine = torch.stack([torch.ones_like(shift), shift])
-    bound = conv_bound(x, weight, affine, pool=pool, out_dtype=actual.dtype, product_error=product_error)
+    bound = conv_bound(x, weight, affine, pool=pool, out_dtype=actual.dtype, kernel=kernel)
     assert_within(actual, expected, bound, f"conv3x3 relu={relu} pool={pool} {actual.dtype}")
 
 

@@ -2,7 +2,9 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#include "../conv3x3.h"
+#include <algorithm>
+
+#include "winograd.h"
 
 #define VGG_TARGET __attribute__((target("avx2,fma,f16c")))
 
@@ -31,6 +33,14 @@ struct Avx2 {
   }
   // ... and also when both are zeros, so that the ReLU of -0.0 is -0.0, as PyTorch has it.
   VGG_TARGET static Vec clamp_below(Vec v, Vec floor) { return _mm256_max_ps(floor, v); }
+  // Magnitudes compared as integers: an infinity is larger than any number, a NaN larger still.
+  VGG_TARGET static Vec larger_magnitude(Vec so_far, Vec v) {
+    const __m256i bits = _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fffffff));
+    return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(so_far), bits));
+  }
+  VGG_TARGET static bool exceeds(Vec v, float limit) {  // also where v is NaN
+    return _mm256_movemask_ps(_mm256_cmp_ps(v, splat(limit), _CMP_NLE_UQ)) != 0;
+  }
   VGG_TARGET static Mask first_lanes(int64_t n) {
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n > 8 ? 8 : n < 0 ? 0 : int(n)), lane));
@@ -58,12 +68,29 @@ struct Avx2 {
 };
 
 #include "conv3x3_rows.inl"
+#include "winograd_f32.inl"
 
 }  // namespace
 
 VGG_TARGET void conv3x3_avx2_f32(const Conv3x3Args& args, int64_t group, int64_t row_begin, int64_t row_end,
                                  float* scratch) {
   conv3x3_rows<Avx2>(args, group, row_begin, row_end, scratch);
+}
+
+// What F(4x4) does not pay for, or a row of another layout needs: the direct kernel.
+VGG_TARGET void conv3x3_avx2_winograd_f32(const Conv3x3Args& args, int64_t group, int64_t row_begin, int64_t row_end,
+                                          float* scratch) {
+  conv3x3_rows<Avx2>(args, group, row_begin, row_end, scratch);
+}
+
+VGG_TARGET void winograd_prepare_avx2_winograd_f32(const Conv3x3Args& args, const WinogradPlan& plan, int64_t unit,
+                                                   float* shared) {
+  winograd_prepare_unit<Avx2>(args, plan, unit, shared);
+}
+
+VGG_TARGET void winograd_run_avx2_winograd_f32(const Conv3x3Args& args, const WinogradPlan& plan, int64_t unit,
+                                               const float* shared, float* scratch) {
+  winograd_run_unit<Avx2>(args, plan, unit, shared, scratch);
 }
 
 }  // namespace vgg_fast

@@ -3,7 +3,9 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#include "../conv3x3.h"
+#include <algorithm>
+
+#include "winograd.h"
 
 #define VGG_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
 
@@ -21,12 +23,29 @@ struct Avx512F32 : Avx512 {
 };
 
 #include "conv3x3_rows.inl"
+#include "winograd_f32.inl"
 
 }  // namespace
 
 VGG_TARGET void conv3x3_avx512_f32(const Conv3x3Args& args, int64_t group, int64_t row_begin, int64_t row_end,
                                    float* scratch) {
   conv3x3_rows<Avx512F32>(args, group, row_begin, row_end, scratch);
+}
+
+// What F(4x4) does not pay for, or a row of another layout needs: the direct kernel.
+VGG_TARGET void conv3x3_avx512_winograd_f32(const Conv3x3Args& args, int64_t group, int64_t row_begin, int64_t row_end,
+                                            float* scratch) {
+  conv3x3_rows<Avx512F32>(args, group, row_begin, row_end, scratch);
+}
+
+VGG_TARGET void winograd_prepare_avx512_winograd_f32(const Conv3x3Args& args, const WinogradPlan& plan, int64_t unit,
+                                                     float* shared) {
+  winograd_prepare_unit<Avx512F32>(args, plan, unit, shared);
+}
+
+VGG_TARGET void winograd_run_avx512_winograd_f32(const Conv3x3Args& args, const WinogradPlan& plan, int64_t unit,
+                                                 const float* shared, float* scratch) {
+  winograd_run_unit<Avx512F32>(args, plan, unit, shared, scratch);
 }
 
 }  // namespace vgg_fast

@@ -7,6 +7,7 @@
 
 #include "denormals.h"
 #include "torch_cpu.h"
+#include "winograd.h"
 
 namespace vgg_fast {
 namespace {
@@ -28,6 +29,7 @@ struct Stack {
   DType dtype;  // of the tensors, and the precision of every layer's result
   std::vector<Layer> layers;
   bool direct;  // the last layer writes the result itself
+  int64_t threads;
 
   int64_t lanes(const Layer& layer) const { return kernel.groups(layer.cout) * kernel.group; }
   int64_t stored_planes(const Layer& layer) const { return ceil_div(lanes(layer), kernel.block()) * kernel.parts; }
@@ -57,9 +59,28 @@ struct Stack {
     return swapped ? std::pair{out, in} : std::pair{in, out};
   }
 
+  bool winograd(const Layer& layer) const {
+    return kernel.winograd_run != nullptr && winograd_pays(layer.h, layer.w, layer.cin);
+  }
+  WinogradPlan plan(const Layer& layer) const {
+    return winograd_plan(layer.h, layer.w, kernel.cin_blocks(layer.cin), kernel.groups(layer.cout), kernel.group,
+                         threads);
+  }
+  // What the threads share within a layer, behind the two buffers.
+  int64_t shared_size() const {
+    int64_t size = 0;
+    for (const Layer& layer : layers) {
+      if (winograd(layer)) size = std::max(size, plan(layer).shared_floats() * int64_t{sizeof(float)});
+    }
+    return size;
+  }
+
   void fill(const Image& x, char* map) const;
-  void run(const Image& x, const Image& y, char* in, char* out, const std::vector<std::vector<float>>& affines) const;
-  void run_layer(const Layer& layer, const char* in, char* out, const Image* y, const std::vector<float>& affine) const;
+  void run(const Image& x, const Image& y, char* in, char* out, char* shared,
+           const std::vector<std::vector<float>>& affines) const;
+  void run_layer(const Layer& layer, const char* in, char* out, char* shared, const Image* y,
+                 const std::vector<float>& affine) const;
+  void run_winograd(const Conv3x3Args& args, WinogradPlan plan, float* shared) const;
 };
 
 // A thread's accumulators. Kept between calls, as PyTorch's own CPU allocator caches nothing.
@@ -71,7 +92,19 @@ float* scratch(int64_t floats) {
   return reinterpret_cast<float*>((address + kLine - 1) / kLine * kLine);
 }
 
-void Stack::run_layer(const Layer& layer, const char* in, char* out, const Image* y,
+void Stack::run_winograd(const Conv3x3Args& args, WinogradPlan plan, float* shared) const {
+  for (plan.band = 0; plan.band < plan.bands(); ++plan.band) {
+    torch::stable::parallel_for(0, plan.prepare_units(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t unit = begin; unit < end; ++unit) kernel.winograd_prepare(args, plan, unit, shared);
+    });
+    torch::stable::parallel_for(0, plan.run_units(), 1, [&](int64_t begin, int64_t end) {
+      float* own = scratch(plan.scratch_floats());
+      for (int64_t unit = begin; unit < end; ++unit) kernel.winograd_run(args, plan, unit, shared, own);
+    });
+  }
+}
+
+void Stack::run_layer(const Layer& layer, const char* in, char* out, char* shared, const Image* y,
                       const std::vector<float>& affine) const {
   const int64_t groups = kernel.groups(layer.cout), padded = lanes(layer), block = kernel.block();
   Conv3x3Args args{};
@@ -112,6 +145,7 @@ void Stack::run_layer(const Layer& layer, const char* in, char* out, const Image
       for (int64_t p = begin; p < end; ++p) clear_border(out, p, layer.out_h(), layer.out_w());
     });
   }
+  if (winograd(layer)) return run_winograd(args, plan(layer), reinterpret_cast<float*>(shared));
   // The pool drops an odd last row; its convolution need not be computed.
   const int64_t rows = layer.pool ? layer.h / 2 * 2 : layer.h, chunks = ceil_div(rows, kernel.rows);
   // Groups outside: a group's weights stay in L2 while the rows pass by.
@@ -134,18 +168,18 @@ void Stack::fill(const Image& x, char* map) const {
   });
 }
 
-void Stack::run(const Image& x, const Image& y, char* in, char* out,
+void Stack::run(const Image& x, const Image& y, char* in, char* out, char* shared,
                 const std::vector<std::vector<float>>& affines) const {
   fill(x, in);
   for (size_t i = 0; i < layers.size(); ++i) {
     const bool last = i + 1 == layers.size();
     if (!leaves_image(i)) {
-      run_layer(layers[i], in, out, last ? &y : nullptr, affines[i]);
+      run_layer(layers[i], in, out, shared, last ? &y : nullptr, affines[i]);
       std::swap(in, out);
       continue;
     }
     Image result = image_after(layers[i], out);
-    run_layer(layers[i], in, nullptr, &result, affines[i]);
+    run_layer(layers[i], in, nullptr, shared, &result, affines[i]);
     if (!last) {
       result.c = layers[i].cout;
       fill(result, in);
@@ -167,7 +201,8 @@ Tensor conv_stack_cpu(const Tensor& x, const std::vector<Tensor>& weights, const
                   program.size(), " steps; it needs one of each per step, and at least one");
   const DType dtype = dtype_of(x, "conv_stack: x");
   const MicroKernel& kernel = find_microkernel(kernel_name, dtype, Precision::highest, cpu_flags());
-  Stack stack{kernel, dtype, {}, false};
+  const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+  Stack stack{kernel, dtype, {}, false, threads};
   std::vector<std::vector<float>> padded;  // per layer: scale, shift, with zeros for the lanes past Cout
   int64_t channels = x.size(1), h = x.size(2), w = x.size(3);
   STD_TORCH_CHECK(channels > 0 && h > 0 && w > 0, "conv_stack: x has no channels or no pixels: [", x.size(0), ", ",
@@ -204,20 +239,22 @@ Tensor conv_stack_cpu(const Tensor& x, const std::vector<Tensor>& weights, const
   }
   stack.direct = channels_last && channels % kVector == 0;
   Tensor y = empty_image(x, x.size(0), channels, h, w, channels_last);
-  const int64_t n = x.size(0), threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+  const int64_t n = x.size(0);
   if (n == 0) return y;
   // As many images at a time as there are threads, each thread on its own: no waiting between layers. What is
   // left over is shared out layer by layer; parallel_for runs serially inside itself.
   const int64_t alone = n / threads * threads;
   const auto [first, second] = stack.buffer_sizes();
-  const int64_t slot_bytes = first + second, first_bytes = first;
+  const int64_t buffers = first + second, slot_bytes = buffers + stack.shared_size();
+  const int64_t first_bytes = first;
   const Tensor workspace =
       torch::stable::empty({(alone ? threads : 1) * slot_bytes + kLine}, ScalarType::Byte, std::nullopt, x.device());
   const auto address = reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr());
   char* base = reinterpret_cast<char*>((address + kLine - 1) / kLine * kLine);
   auto run_image = [&](int64_t image, int64_t slot) {
     char* buffer = base + slot * slot_bytes;
-    stack.run(image_of(x, dtype, image), image_of(y, dtype, image), buffer, buffer + first_bytes, padded);
+    stack.run(image_of(x, dtype, image), image_of(y, dtype, image), buffer, buffer + first_bytes, buffer + buffers,
+              padded);
   };
   torch::stable::parallel_for(0, alone ? threads : 0, 1, [&](int64_t begin, int64_t end) {
     for (int64_t slot = begin; slot < end; ++slot) {

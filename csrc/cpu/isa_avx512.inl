@@ -16,6 +16,15 @@ struct Avx512 {
   }
   // ... and also when both are zeros, so that the ReLU of -0.0 is -0.0, as PyTorch has it.
   VGG_TARGET static Vec clamp_below(Vec v, Vec floor) { return _mm512_max_ps(floor, v); }
+  // Magnitudes compared as integers: an infinity is larger than any number, a NaN larger still.
+  VGG_TARGET static Vec larger_magnitude(Vec so_far, Vec v) {
+    const __m512i bits = _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff));
+    // maskz: the form without a mask passes an uninitialised register, which gcc 12 warns about in its own header.
+    return _mm512_castsi512_ps(_mm512_maskz_max_epi32(0xffff, _mm512_castps_si512(so_far), bits));
+  }
+  VGG_TARGET static bool exceeds(Vec v, float limit) {  // also where v is NaN
+    return _mm512_cmp_ps_mask(v, splat(limit), _CMP_NLE_UQ) != 0;
+  }
   VGG_TARGET static Mask first_lanes(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : Mask((1u << n) - 1); }
   VGG_TARGET static Vec keep(Vec v, Mask mask) { return _mm512_maskz_mov_ps(mask, v); }
   VGG_TARGET static __m512i bf16_bits(Vec v) {  // the rounded value's bits, in the upper halves

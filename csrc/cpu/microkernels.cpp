@@ -16,8 +16,22 @@ namespace {
 
 constexpr MicroKernel kTable[] = {
 #define MICROKERNEL(name, cap, flags, compute, parts, error, group, rows, im2col) \
-  {#name, cap, flags, DType::compute, parts, Precision::error, group, rows, im2col, conv3x3_##name},
+  {#name, cap, flags, DType::compute, parts, Precision::error, group, rows, im2col, conv3x3_##name, nullptr, nullptr},
+#define MICROKERNEL_WINOGRAD(name, cap, flags, group) \
+  {#name,                                             \
+   cap,                                               \
+   flags,                                             \
+   DType::f32,                                        \
+   1,                                                 \
+   Precision::highest,                                \
+   group,                                             \
+   2,                                                 \
+   false,                                             \
+   conv3x3_##name,                                    \
+   winograd_prepare_##name,                           \
+   winograd_run_##name},
 #include "microkernels.inc"
+#undef MICROKERNEL_WINOGRAD
 #undef MICROKERNEL
 };
 
@@ -44,7 +58,10 @@ std::string missing(const std::string& wanted, const std::string& flags) {
   return result;
 }
 
+// Winograd's error, though far below a rounding of bf16 or fp16, tips some of those roundings the other way: results in
+// half precision would be no closer to PyTorch's than the direct kernel's, but no longer the best there are.
 bool good_enough(const MicroKernel& kernel, DType dtype, Precision precision) {
+  if (kernel.winograd_run != nullptr && dtype != DType::f32) return false;
   const Precision wanted = dtype == DType::bf16 ? Precision::medium : dtype == DType::f16 ? Precision::high : precision;
   return kernel.error <= wanted;
 }
@@ -117,6 +134,9 @@ const MicroKernel& find_microkernel(const std::string& name, DType dtype, Precis
   for (const MicroKernel& kernel : kTable) {
     names += std::string(names.empty() ? "" : ", ") + kernel.name;
     if (name != kernel.name) continue;
+    if (kernel.winograd_run != nullptr && dtype != DType::f32) {
+      throw std::runtime_error("kernel '" + name + "' takes fp32 tensors only");
+    }
     // An fp32 tensor may be run at less precision by who names the kernel; fp16 has values that bf16 cannot hold.
     if (dtype == DType::f16 && !good_enough(kernel, dtype, precision)) {
       throw std::runtime_error("kernel '" + name + "' multiplies single bf16 values, which cannot hold fp16 tensors; " +
