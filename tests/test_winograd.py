@@ -43,8 +43,8 @@ def test_the_formula_is_the_convolution():
 # What the plan (csrc/cpu/winograd.h) does with a layer depends on its size; each of these takes another road.
 ROADS = {
     "one row of tiles": (64, 32, 4, 16),
-    "weights shared, one chunk per tile row": (32, 32, 20, 224),
-    "weights shared, rows cut across": (16, 16, 8, 900),
+    "weights shared, one chunk per tile row": (48, 32, 20, 224),
+    "weights shared, rows cut across": (48, 16, 8, 900),
     "inputs shared, one pass over the channels": (64, 160, 12, 12),
     "inputs shared, several passes": (144, 256, 12, 13),
     "inputs shared, several units per group": (208, 192, 60, 61),
@@ -64,7 +64,7 @@ def test_every_road_lies_within_the_derived_bound(kernel, road):
         testing.assert_conv_close(y, x, weight, bias, relu=True, pool=pool, kernel=kernel)
 
 
-@pytest.mark.parametrize(("cin", "size"), [(64, 56), (128, 56), (256, 28), (512, 14)])
+@pytest.mark.parametrize(("cin", "size"), [(48, 56), (64, 56), (128, 56), (256, 28), (512, 14)])
 def test_a_layers_error_is_at_most_twice_pytorchs(kernel, cin, size):
     """DESIGN's `highest`, by layer: against PyTorch in channels_last, the format that it is fast in."""
     x, weight, _ = layer(cin, 64, size, size)
@@ -91,7 +91,7 @@ def test_the_features_error_is_at_most_twice_pytorchs(kernel):
 @pytest.mark.parametrize("where", [(0, 0), (3, 4), (39, 55), (17, 31)])
 def test_large_inputs_reach_nine_pixels_and_no_more(kernel, value, where):
     """In a tile's 36 products an infinity would turn all 16 outputs into NaN; a large value would drown the others."""
-    x, weight, bias = layer(32, 40, 40, 56)
+    x, weight, bias = layer(48, 40, 40, 56)
     clean = conv3x3(x, weight, bias, False, False, kernel)
     x[0, 7, where[0], where[1]] = value
     y = conv3x3(x, weight, bias, False, False, kernel)
@@ -108,7 +108,7 @@ def test_large_inputs_reach_nine_pixels_and_no_more(kernel, value, where):
     assert ((y - clean).abs() <= bound)[..., ~touched].all()
 
 
-@pytest.mark.parametrize(("cin", "cout", "size"), [(32, 80, 24), (144, 256, 12)])  # weights shared; inputs shared
+@pytest.mark.parametrize(("cin", "cout", "size"), [(48, 80, 24), (144, 256, 12)])  # weights shared; inputs shared
 def test_large_weights(kernel, cin, cout, size):
     x, weight, bias = layer(cin, cout, size, size)
     weight[33, cin - 3, 1, 2] = float("inf")
@@ -166,3 +166,12 @@ def test_tiny_maps_are_left_to_the_direct_kernel(kernel, size, winograd):
     y = conv3x3(x, weight, bias, False, False, kernel)
     assert torch.equal(y, reference.conv3x3(x, weight, bias, False, False)) != winograd
     assert testing.is_direct(kernel, 64, *size) != winograd
+
+
+def test_thin_layers_are_left_to_the_direct_kernel(kernel):
+    """Up to 47 input channels PyTorch's error is too small for twice of it to cover Winograd's."""
+    for cin, winograd in ((3, False), (47, False), (48, True)):
+        x, weight, bias = testing.conv_inputs(testing.Shape("thin", 1, cin, 32, 16, 16, ""), integers=True)
+        y = conv3x3(x, weight, bias, False, False, kernel)
+        assert torch.equal(y, reference.conv3x3(x, weight, bias, False, False)) != winograd
+        assert testing.is_direct(kernel, cin, 16, 16) != winograd

@@ -117,7 +117,7 @@ def is_direct(kernel: str, cin: int, h: int, w: int) -> bool:
         (True, False)
     """
     tiles = -(-h // _TILE) * -(-w // _TILE)
-    return "winograd" not in kernel or cin < 16 or _PATCH**2 * tiles + 250 >= 9 * h * w
+    return "winograd" not in kernel or cin < 48 or _PATCH**2 * tiles + 250 >= 9 * h * w
 
 
 def winograd_matrices() -> tuple[Tensor, Tensor, Tensor]:

@@ -98,12 +98,15 @@ inline WinogradPlan winograd_plan(int64_t h, int64_t w, int64_t cin_blocks, int6
   return p;
 }
 
-// Whether F(4x4) takes less time than the direct kernel. Per pair of channels it computes 36 products a tile and
-// transforms the weights, at the price of some 250 products (measured: 7x7 maps break even with AVX-512, 6x6 with
-// AVX2); the direct kernel computes 9 products a pixel. vgg_fast.testing.is_direct says the same.
+// With fewer input channels PyTorch's own sums are so short that F(4x4) has more than twice their error.
+constexpr int64_t kLeastChannels = 48;
+
+// Whether F(4x4) is accurate enough and takes less time than the direct kernel. Per pair of channels it computes 36
+// products a tile and transforms the weights, at the price of some 250 products (measured: 7x7 maps break even with
+// AVX-512, 6x6 with AVX2); the direct kernel computes 9 products a pixel. vgg_fast.testing.is_direct says the same.
 inline bool winograd_pays(int64_t h, int64_t w, int64_t cin) {
   const int64_t tiles = ceil_div(h, kTile) * ceil_div(w, kTile);
-  return cin >= kWords && kPlanes * tiles + 250 < kTaps * h * w;
+  return cin >= kLeastChannels && kPlanes * tiles + 250 < kTaps * h * w;
 }
 
 }  // namespace vgg_fast
