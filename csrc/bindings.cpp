@@ -15,8 +15,16 @@ DType dtype_named(const std::string& name) {
   STD_TORCH_CHECK(false, "dtype must be float32, bfloat16 or float16, not ", name);
 }
 
-std::string cpu_select(const std::string& dtype, const std::string& kernel, const std::string& flags) {
-  return find_microkernel(kernel, dtype_named(dtype), flags).name;
+Precision precision_named(const std::string& name) {
+  if (name == "highest") return Precision::highest;
+  if (name == "high") return Precision::high;
+  if (name == "medium") return Precision::medium;
+  STD_TORCH_CHECK(false, "precision must be highest, high or medium, not ", name);
+}
+
+std::string cpu_select(const std::string& dtype, const std::string& precision, const std::string& kernel,
+                       const std::string& flags) {
+  return find_microkernel(kernel, dtype_named(dtype), precision_named(precision), flags).name;
 }
 
 std::string cpu_kernels() {

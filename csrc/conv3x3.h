@@ -2,17 +2,19 @@
 //
 // Layouts (b = 16 fp32 or 32 bf16 channels: one channel block of one pixel is one 64-byte cache line)
 //
-//   activations  [C / b][H + 2][W + 2][b]            a border of zeros is the padding
-//                  +- block -+- row -+- pixel -+
-//   a pixel's address is base + 64 * (block * (H + 2) * (W + 2) + row * (W + 2) + column), so a tap is a
-//   constant offset
+//   activations  [C / b][parts][H + 2][W + 2][b]     a border of zeros is the padding
+//                  +- block -+- part -+- row -+- pixel -+
+//   a tap is a constant offset from a pixel
 //
-//   weights      [Cout / g][Cin / b][9][16][g] words  g = channels per group, a property of the micro-kernel
-//                  +- group -+- block -+- tap -+- word -+- lane -+
+//   weights      [Cout / g][Cin / b][parts][9][16][g] words  g = channels per group, a property of the micro-kernel
+//                  +- group -+- block -+- part -+- tap -+- word -+- lane -+
 //   a word is 4 bytes: one fp32 channel, or two neighbouring bf16 channels (VNNI)
 //
-// The order of summation of every output is block, tap, word: it depends on nothing but Cin, hence the same
-// bits for every batch size, position and number of threads.
+// parts is 1, or the number of bf16 values whose sum stands for one fp32 value: x = x1 + x2 (+ x3), each the rounding
+// of what the ones before it left over.
+//
+// The order of summation of every output is block, tap, part, word: it depends on nothing but Cin, hence the same bits
+// for every batch size, position and number of threads.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -26,21 +28,26 @@ constexpr int64_t kVector = 16;  // output channels of one store of the epilogue
 
 enum class DType { f32, bf16, f16 };
 
+// What PyTorch calls the precision of float32: highest is that of fp32, high at least that of tf32 or three bf16
+// products, medium that of one bf16 product.
+enum class Precision { highest, high, medium };
+
 constexpr int64_t element_size(DType t) { return t == DType::f32 ? 4 : 2; }
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // One convolution of one image: y = relu(conv(x, weight) * scale + shift), pooled where asked.
 struct Conv3x3Args {
-  const char* x;           // [cin_blocks][h + 2][w + 2][16] words
-  const uint32_t* weight;  // [groups][cin_blocks][taps][16][g] words
+  const char* x;           // [cin_blocks][parts][h + 2][w + 2][16] words
+  const uint32_t* weight;  // [groups][cin_blocks][parts][taps][16][g] words
   const float* scale;      // [groups * g], > 0 (the sign is in the weights), so that pooling may come first
   const float* shift;      // [groups * g]
   char* y;                 // where output pixel (0, 0) of channel 0 goes
   int64_t y_pixel;         // bytes from one output pixel to the next,
   int64_t y_row;           // from one output row to the next,
   int64_t y_group;         // from one channel group to the next,
-  int64_t y_vector;        // and from one 16-channel vector of a group to the next
+  int64_t y_vector;        // from one 16-channel vector of a group to the next,
+  int64_t y_part;          // and from one part to the next; 0 if y is in one piece
   int64_t h, w;            // of the convolution, before pooling
   int64_t cin_blocks;
   int64_t last_words;   // words of the last block that hold channels; the others are never multiplied by inf
@@ -62,6 +69,8 @@ struct MicroKernel {
   const char* cap;    // the VGG_FAST_ISA level that admits it: portable, avx2, avx512, amx
   const char* flags;  // CPU flags it needs, separated by blanks
   DType compute;      // type of the words: f32, or bf16 pairs
+  int64_t parts;      // bf16 values per fp32 value: 2 for three products, 3 for six
+  Precision error;    // what its error is good for
   int64_t group;      // output channels of one call
   int64_t rows;       // convolution rows that one call works on best; its scratch holds as many
   bool im2col;        // wants the neighbourhoods of a first layer (9 * Cin <= 32) laid out by pixel
@@ -74,11 +83,15 @@ struct MicroKernel {
   int64_t taps(int64_t cin) const { return gathers(cin) ? 1 : kTaps; }
   // Words of a packed weight, and floats of the scratch that `run` needs for maps of this width.
   int64_t weight_words(int64_t cout, int64_t cin) const {
-    return groups(cout) * cin_blocks(cin) * taps(cin) * kWords * group;
+    return groups(cout) * cin_blocks(cin) * parts * taps(cin) * kWords * group;
   }
   // Two more tiles of 32 pixels: the AMX kernel computes whole tiles and drops what lies past the last pixel.
   int64_t scratch_floats(int64_t w) const { return (rows * (w + 2) + 64) * group; }
 };
+
+// `vectors` x 16 floats as sums of `parts` bf16 values, part p at to + p * stride bytes. For the kernels with parts
+// > 1.
+void split_parts_avx512(const float* from, int64_t vectors, char* to, int64_t stride, int64_t parts);
 
 // The table, best first, and its end.
 const MicroKernel* microkernels_begin();
@@ -89,5 +102,7 @@ void conv3x3_avx2_f32(const Conv3x3Args&, int64_t group, int64_t row_begin, int6
 void conv3x3_avx512_f32(const Conv3x3Args&, int64_t group, int64_t row_begin, int64_t row_end, float* scratch);
 void conv3x3_avx512_bf16(const Conv3x3Args&, int64_t group, int64_t row_begin, int64_t row_end, float* scratch);
 void conv3x3_amx_bf16(const Conv3x3Args&, int64_t group, int64_t row_begin, int64_t row_end, float* scratch);
+void conv3x3_amx_bf16x3(const Conv3x3Args&, int64_t group, int64_t row_begin, int64_t row_end, float* scratch);
+void conv3x3_amx_bf16x6(const Conv3x3Args&, int64_t group, int64_t row_begin, int64_t row_end, float* scratch);
 
 }  // namespace vgg_fast

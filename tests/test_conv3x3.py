@@ -30,7 +30,7 @@ def runnable(kernel: str, dtype: torch.dtype) -> str:
         raise
 
 
-CASES = [(k, d) for k in KERNELS for d in DTYPES if d is torch.bfloat16 or not k.endswith("bf16")]
+CASES = [(k, d) for k in KERNELS for d in DTYPES if not (d is torch.float16 and k.endswith("bf16"))]
 
 
 @pytest.mark.parametrize(("kernel", "dtype"), CASES)
@@ -51,9 +51,10 @@ def test_random_values_within_the_derived_bound(kernel, dtype, shape):
     runnable(kernel, dtype)
     x, weight, bias = testing.conv_inputs(shape, dtype)
     pool = min(shape.h, shape.w) >= 2
-    testing.assert_conv_close(conv3x3(x, weight, None, False, False, kernel), x, weight)
+    error = testing.product_error(kernel, dtype)
+    testing.assert_conv_close(conv3x3(x, weight, None, False, False, kernel), x, weight, product_error=error)
     y = conv3x3(x, weight, bias, True, pool, kernel)
-    testing.assert_conv_close(y, x, weight, bias, relu=True, pool=pool)
+    testing.assert_conv_close(y, x, weight, bias, relu=True, pool=pool, product_error=error)
 
 
 def test_the_checker_sees_one_wrong_corner():
@@ -107,6 +108,38 @@ def test_infinities_do_not_leak_through_padded_channels(kernel):
     expected = F.conv2d(F.relu(F.conv2d(x.double(), first.double(), padding=1)), second.double(), padding=1)
     assert torch.isfinite(expected).all()
     assert torch.equal(y, expected.to(dtype))
+
+
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if k.startswith("amx_bf16x")])
+def test_sums_of_bf16_values_hold_what_fp32_holds(kernel):
+    """Values next to the largest float, which round up to infinity in bf16; infinities times weights of either sign."""
+    runnable(kernel, torch.float32)
+    x = torch.zeros(1, 2, 6, 6)
+    x[0, 0, 1, 1] = torch.finfo(torch.float32).max
+    x[0, 1, 4, 4] = float("inf")
+    x[0, 1, 0, 5] = float("-inf")
+    weight = torch.zeros(16, 2, 3, 3)
+    weight[:, 0, 1, 1] = 0.5 + 2.0**-20  # its second and third parts have the other sign, or are zero
+    weight[:8, 1] = 1.0 - 2.0**-12
+    weight[8:, 1] = -1.0 - 2.0**-12
+    y = conv3x3(x, weight, None, False, False, kernel)
+    expected = reference.conv3x3(x, weight)
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert torch.equal(y.isinf(), expected.isinf())
+    finite = expected.isfinite()
+    torch.testing.assert_close(y[finite], expected[finite], rtol=2 * testing.product_error(kernel, x.dtype), atol=0.0)
+
+
+@pytest.mark.parametrize(("kernel", "rung"), [("amx_bf16x6", 2.0), ("amx_bf16x3", None)])
+def test_error_on_the_precision_ladder(kernel, rung):
+    """highest: at most twice PyTorch's own fp32 error against float64; high: at most 3e-5, in norm."""
+    runnable(kernel, torch.float32)
+    x, weight, _ = testing.conv_inputs(testing.Shape("conv5", 1, 512, 64, 14, 14, "the longest sums of a VGG"))
+    exact = reference.conv3x3(x.double(), weight.double())
+    ours = testing.relative_error(conv3x3(x, weight, None, False, False, kernel), exact)
+    last = torch.channels_last
+    pytorch = reference.conv3x3(x.contiguous(memory_format=last), weight.contiguous(memory_format=last))
+    assert ours <= (3e-5 if rung is None else rung * testing.relative_error(pytorch, exact))
 
 
 def test_negative_zero_survives_relu():
@@ -170,8 +203,8 @@ def test_bad_dtypes_and_kernels_are_named():
         conv3x3(x.double(), weight.double())
     with pytest.raises(RuntimeError, match=r"there is no CPU kernel 'sse9'.*portable_f32"):
         conv3x3(x, weight, None, False, False, "sse9")
-    with pytest.raises(RuntimeError, match="takes bf16 tensors only"):
-        conv3x3(x, weight, None, False, False, "amx_bf16")
+    with pytest.raises(RuntimeError, match="single bf16 values, which cannot hold fp16 tensors; convert them to bf16"):
+        conv3x3(x.half(), weight.half(), None, False, False, "amx_bf16")
     with pytest.raises(RuntimeError, match=r"1x8 map cannot be pooled.*Output size is too small"):
         conv3x3(torch.ones(1, 3, 1, 8), weight, None, False, True)
 

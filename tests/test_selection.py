@@ -18,30 +18,35 @@ COOPER_LAKE = AVX512 + " avx512_bf16"
 SAPPHIRE_RAPIDS = COOPER_LAKE + " amx_tile amx_bf16"
 
 
-# What CPUs of these flags choose for fp32 (fp16 alike) and for bf16.
+# What CPUs of these flags choose for fp32 at each precision.
 CPUS = [
-    ("", "portable_f32", "portable_f32"),
-    ("avx2", "portable_f32", "portable_f32"),  # AVX2 without FMA
-    (AVX2, "avx2_f32", "avx2_f32"),
-    (AVX2 + " avx512f", "avx2_f32", "avx2_f32"),  # Knights Landing: no BW and VL
-    (AVX512, "avx512_f32", "avx512_f32"),
-    (COOPER_LAKE, "avx512_f32", "avx512_bf16"),
-    (SAPPHIRE_RAPIDS, "avx512_f32", "amx_bf16"),
+    ("", "portable_f32", "portable_f32", "portable_f32"),
+    ("avx2", "portable_f32", "portable_f32", "portable_f32"),  # AVX2 without FMA
+    (AVX2, "avx2_f32", "avx2_f32", "avx2_f32"),
+    (AVX2 + " avx512f", "avx2_f32", "avx2_f32", "avx2_f32"),  # Knights Landing: no BW and VL
+    (AVX512, "avx512_f32", "avx512_f32", "avx512_f32"),
+    (COOPER_LAKE, "avx512_f32", "avx512_f32", "avx512_bf16"),
+    (SAPPHIRE_RAPIDS, "amx_bf16x6", "amx_bf16x3", "amx_bf16"),
 ]
 
 
-@pytest.mark.parametrize(("flags", "fp32", "bf16"), CPUS)
-def test_cpu_kernel_by_flags(flags, fp32, bf16):
-    assert select(Problem(torch.float32, "cpu", flags)) == fp32
-    assert select(Problem(torch.float16, "cpu", flags)) == fp32
-    assert select(Problem(torch.bfloat16, "cpu", flags)) == bf16
+@pytest.mark.parametrize(("flags", "highest", "high", "medium"), CPUS)
+def test_cpu_kernel_by_flags(flags, highest, high, medium):
+    assert select(Problem(torch.float32, "cpu", flags)) == highest
+    assert select(Problem(torch.float32, "cpu", flags, "high")) == high
+    assert select(Problem(torch.float32, "cpu", flags, "medium")) == medium
+    for precision in ("highest", "high", "medium"):  # a setting for fp32 does not touch the other types
+        assert select(Problem(torch.bfloat16, "cpu", flags, precision)) == medium
+        assert select(Problem(torch.float16, "cpu", flags, precision)) == high
 
 
 def table() -> dict[str, list[str]]:
     """The flags that each row of the table of micro-kernels asks for, as the source has it."""
     source = (Path(__file__).parents[1] / "csrc/cpu/microkernels.inc").read_text()
-    rows = re.findall(r'^MICROKERNEL\((\w+),\s*"\w+",\s*"([^"]*)"', source, re.M)
-    return {name: flags.split() for name, flags in rows}
+    for name, text in re.findall(r"^#define (\w+) (\".*\")$", source, re.M):
+        source = source.replace(name, text)
+    rows = re.findall(r'^MICROKERNEL\((\w+),\s*"\w+",\s*((?:"[^"]*"\s*)+),', source, re.M)
+    return {name: flags.replace('"', "").split() for name, flags in rows}
 
 
 def test_the_table_is_the_librarys():
@@ -67,6 +72,32 @@ def test_every_flag_of_a_row_is_needed(kernel):
         assert select(Problem(dtype, "cpu", others)) != kernel
 
 
+@pytest.fixture
+def _precision():
+    yield
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.mkldnn.conv.fp32_precision = "none"
+
+
+@pytest.mark.usefixtures("_precision")
+def test_fp32_follows_pytorchs_settings():
+    assert selection.float32_precision() == "highest"
+    torch.set_float32_matmul_precision("high")
+    assert selection.float32_precision() == "high"
+    torch.backends.mkldnn.conv.fp32_precision = "ieee"  # the convolution's own setting wins
+    assert selection.float32_precision() == "highest"
+    torch.backends.mkldnn.conv.fp32_precision = "bf16"
+    assert selection.float32_precision() == "medium"
+    cpu = torch.device("cpu")
+    if "amx_bf16" in selection.problem_on(torch.float32, cpu).architecture.split():
+        assert selection.choose(torch.float32, cpu) == "amx_bf16"
+        torch.backends.mkldnn.conv.fp32_precision = "tf32"
+        assert selection.choose(torch.float32, cpu) == "amx_bf16x3"
+        torch.backends.mkldnn.conv.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
+        assert selection.choose(torch.float32, cpu) == "amx_bf16x6"
+
+
 @pytest.mark.parametrize(
     ("cap", "fp32", "bf16"),
     [
@@ -79,11 +110,12 @@ def test_vgg_fast_isa_caps_the_choice(monkeypatch, cap, fp32, bf16):
     cpu = torch.device("cpu")
     if cap != "portable" and cap + "_f32" not in runnable_kernels():
         pytest.skip(f"this CPU has no {cap}")
+    uncapped = selection.choose(torch.float32, cpu)
     monkeypatch.setenv("VGG_FAST_ISA", cap)
     assert selection.choose(torch.float32, cpu) == fp32
     assert selection.choose(torch.bfloat16, cpu) in bf16
     monkeypatch.delenv("VGG_FAST_ISA")
-    assert selection.choose(torch.float32, cpu) == runnable_kernels(torch.float32)[0]
+    assert selection.choose(torch.float32, cpu) == uncapped
 
 
 def runnable_kernels(dtype: torch.dtype = torch.bfloat16) -> list[str]:

@@ -5,7 +5,7 @@ Shared by ``vgg-fast bench`` and benchmarks/, so that a number in a terminal and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +95,8 @@ def layer(which: Layer, dtype: torch.dtype, batch: int = 1, **options: Any) -> C
     name = f"{which.name}+pool" if which.pool else which.name
     contest, answer, exact = _contest(name, model, x, options)
     try:
-        testing.assert_within(answer, exact, _bound(model, x[_ends(batch)], which.pool), f"{name} {dtype}")
+        bound = _bound(model, x[_ends(batch)], which.pool, contest.kernels)
+        testing.assert_within(answer, exact, bound, f"{name} {dtype}")
     except AssertionError as error:
         raise Disagreement(str(error)) from error
     return contest
@@ -151,11 +152,12 @@ def _ends(batch: int) -> list[int]:
     return [0] if batch == 1 else [0, batch - 1]
 
 
-def _bound(block: nn.Sequential, x: Tensor, pool: bool) -> Tensor:
+def _bound(block: nn.Sequential, x: Tensor, pool: bool, kernels: Sequence[str]) -> Tensor:
     """Elementwise, of convolution and batch-norm with fp32 accumulation and one rounding."""
     conv, norm = block[0], block[1]
     assert isinstance(conv, nn.Conv2d)
     assert isinstance(norm, nn.BatchNorm2d)
     vectors = (conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
     _, affine = fold.batchnorm_affine(conv.out_channels, *vectors, bn_eps=norm.eps)
-    return testing.conv_bound(x, conv.weight.detach(), affine, pool=pool)
+    error = max((testing.product_error(kernel, x.dtype) for kernel in kernels), default=0.0)
+    return testing.conv_bound(x, conv.weight.detach(), affine, pool=pool, product_error=error)

@@ -28,11 +28,13 @@ class Problem:
         dtype: of the activations.
         device_type: ``cpu`` or ``cuda``.
         architecture: CPU flags separated by blanks, or the GPU's compute capability as ``sm_90``.
+        precision: what fp32 tensors are content with: ``highest``, ``high`` or ``medium``.
     """
 
     dtype: torch.dtype
     device_type: str
     architecture: str
+    precision: str = "highest"
 
 
 def _reasons(problem: Problem, device_type: str, *others: str | None) -> list[str]:
@@ -117,12 +119,29 @@ def _kernel(backend: str, problem: Problem) -> str:
     if backend in BACKENDS and backend != "cpu":
         return backend
     name = "auto" if backend == "cpu" else backend
-    return torch.ops.vgg_fast.cpu_select(_DTYPES[problem.dtype], name, problem.architecture)
+    return torch.ops.vgg_fast.cpu_select(_DTYPES[problem.dtype], problem.precision, name, problem.architecture)
 
 
 def cpu_kernels() -> list[str]:
     """Names of the compiled CPU micro-kernels, best first; empty without the compiled library."""
     return [] if library.missing("_C") else torch.ops.vgg_fast.cpu_kernels().split()
+
+
+_RUNGS = {"ieee": "highest", "tf32": "high", "bf16": "medium"}
+
+
+def float32_precision() -> str:
+    """``highest``, ``high`` or ``medium``: what PyTorch's settings ask of fp32 convolutions on the CPU.
+
+    ``torch.backends.mkldnn.conv.fp32_precision`` where it is set (ieee, tf32 or bf16; it inherits from
+    ``torch.backends.fp32_precision``), else ``torch.get_float32_matmul_precision()``.
+
+    Example:
+        >>> float32_precision()
+        'highest'
+    """
+    convolution = torch.backends.mkldnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return _RUNGS.get(convolution) or torch.get_float32_matmul_precision()
 
 
 def problem_on(dtype: torch.dtype, device: torch.device) -> Problem:
@@ -133,7 +152,7 @@ def problem_on(dtype: torch.dtype, device: torch.device) -> Problem:
         architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
     else:
         architecture = ""
-    return Problem(dtype, device.type, architecture)
+    return Problem(dtype, device.type, architecture, float32_precision())
 
 
 def choose(dtype: torch.dtype, device: torch.device, backend: str = "auto") -> str:
@@ -142,11 +161,12 @@ def choose(dtype: torch.dtype, device: torch.device, backend: str = "auto") -> s
     Raises:
         RuntimeError: as :func:`select`; also if ``VGG_FAST_ISA`` has a value it cannot have.
     """
-    return _choose(dtype, device, backend, os.environ.get("VGG_FAST_ISA"))
+    return _choose(dtype, device, backend, os.environ.get("VGG_FAST_ISA"), float32_precision())
 
 
+# VGG_FAST_ISA and the precision are read again inside; as arguments they make the cache notice a change.
 @functools.lru_cache(maxsize=256)
-def _choose(dtype: torch.dtype, device: torch.device, backend: str, isa: str | None) -> str:
+def _choose(dtype: torch.dtype, device: torch.device, backend: str, isa: str | None, precision: str) -> str:
     return select(problem_on(dtype, device), backend)
 
 

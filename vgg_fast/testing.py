@@ -78,6 +78,30 @@ def conv_inputs(s: Shape, dtype: torch.dtype = torch.float32, integers: bool = F
     return x.to(dtype), (weight * (2.0 / (9 * s.cin)) ** 0.5).to(dtype), bias.to(dtype)
 
 
+# Relative error of one product. Rounding to bf16 is off by u = 2^-8 at most, the sum of k bf16 values by u^k; three
+# products leave out x2 w2, six leave out x2 w3 and x3 w2, which are as large as what was rounded away.
+_U = 2.0**-8
+_PRODUCT_ERRORS = {
+    "amx_bf16": 2 * _U + _U**2,
+    "avx512_bf16": 2 * _U + _U**2,
+    "amx_bf16x3": 3 * _U**2,
+    "amx_bf16x6": 4 * _U**3,
+}
+
+
+def product_error(kernel: str, dtype: torch.dtype) -> float:
+    """The ``product_error`` of :func:`conv_bound` for a kernel on tensors of ``dtype``: 0 where products are exact.
+
+    Example:
+        >>> product_error("amx_bf16", torch.bfloat16), product_error("amx_bf16x3", torch.float32)
+        (0.0, 4.57763671875e-05)
+    """
+    # One bf16 value holds a bf16 value, two hold an fp16 one: then only the small products that are left out count.
+    if dtype is torch.bfloat16:
+        return 0.0
+    return _PRODUCT_ERRORS.get(kernel, 0.0)
+
+
 def conv_bound(
     x: Tensor,
     weight: Tensor,
@@ -103,10 +127,11 @@ def conv_bound(
     u32 = 2.0**-24
     k = 9 * x.shape[1]
     magnitude = F.conv2d(x.double().abs(), weight.double().abs(), padding=1)
-    # Denormal operands are read as zeros and denormal sums flushed: the smallest normal number times what it meets.
+    # Denormal operands (or parts of them) are read as zeros and denormal sums flushed, up to six products for one: the
+    # smallest normal number times what it meets.
     tiny = torch.finfo(torch.float32).tiny
     met = F.conv2d(x.double().abs(), torch.ones(1, *weight.shape[1:], dtype=torch.float64, device=x.device), padding=1)
-    flushed = tiny * (met + weight.double().abs().sum((1, 2, 3))[:, None, None] + k)
+    flushed = tiny * (met + weight.double().abs().sum((1, 2, 3))[:, None, None] + 6 * k)
     if affine is not None:
         scale, shift = affine.double().abs()[:, :, None, None]
         flushed = flushed * scale + tiny * magnitude

@@ -216,16 +216,18 @@ def _name(dtype: torch.dtype) -> str:
 class _Answers:
     """What has to come out of a problem, for every epilogue, and within which bound; in float64."""
 
-    def __init__(self, y: Tensor, bound: Tensor) -> None:
+    def __init__(self, y: Tensor, x: Tensor, weight: Tensor, affine: Tensor) -> None:
+        bound = testing.conv_bound(x, weight, affine)
+        # It grows linearly with the error of a product, which is the kernel's.
+        slope = testing.conv_bound(x, weight, affine, product_error=1.0) - bound
         self.by_epilogue = {}
         for relu, pool in _EPILOGUES:
             if pool and min(y.shape[2:]) < 2:
                 continue
             expected = F.relu(y) if relu else y
             # The largest bound in a window holds for its largest element, too; ReLU only shrinks errors.
-            self.by_epilogue[relu, pool] = (
-                (reference.maxpool2x2(expected), reference.maxpool2x2(bound)) if pool else (expected, bound)
-            )
+            answers = (expected, bound, slope)
+            self.by_epilogue[relu, pool] = tuple(map(reference.maxpool2x2, answers)) if pool else answers
 
 
 class _Problem:
@@ -249,11 +251,11 @@ class _Problem:
             self.bn_var, self.bn_eps = variance.abs() + 0.1, 1e-5
         y = F.conv2d(x.double(), self.weight.double(), self.bias.double(), padding=1)
         affine = torch.stack([torch.ones(channels), self.bias.float()])
-        self.conv = _Answers(y, testing.conv_bound(x, self.weight, affine))
+        self.conv = _Answers(y, x, self.weight, affine)
         mean, var, gamma, beta = (v.double()[:, None, None] for v in self.norm)
         y = (y - mean) * torch.rsqrt(var + self.bn_eps) * gamma + beta
         _, affine = fold.batchnorm_affine(channels, self.bias, *self.norm, self.bn_eps)
-        self.step = _Answers(y, testing.conv_bound(x, self.weight, affine))
+        self.step = _Answers(y, x, self.weight, affine)
 
     @property
     def norm(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -262,7 +264,7 @@ class _Problem:
 
     def judge(self, row: Row, answers: _Answers, run: Callable[[Tensor, bool, bool], Tensor]) -> None:
         """Lets ``run(x, relu, pool)`` solve the problem with every epilogue and in both memory formats."""
-        for (relu, pool), (expected, bound) in answers.by_epilogue.items():
+        for (relu, pool), (expected, bound, slope) in answers.by_epilogue.items():
             for memory_format, x in self.inputs.items():
                 what = f"{self.shape.name}, {'integers' if self.integers else 'random'}, relu={relu}, pool={pool}"
                 what += ", channels_last" if memory_format is torch.channels_last else ""
@@ -271,7 +273,8 @@ class _Problem:
                     if self.integers:
                         row.equal(actual, expected.to(x.dtype), what)
                     else:
-                        row.within(actual, expected, bound, what)
+                        error = testing.product_error(row.kernel, x.dtype)
+                        row.within(actual, expected, bound + error * slope, what)
 
 
 def _check_conv3x3(checked: Ops, problem: _Problem, device: torch.device, row: Row) -> None:

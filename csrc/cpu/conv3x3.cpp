@@ -54,7 +54,7 @@ Tensor conv3x3_cpu(const Tensor& x, const Tensor& weight, const std::optional<Te
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(1) == x.size(1), "conv3x3: weight must be [Cout, ", x.size(1),
                   ", 3, 3] for this x, got a Cin of ", weight.dim() == 4 ? weight.size(1) : -1);
   STD_TORCH_CHECK(x.scalar_type() == weight.scalar_type(), "conv3x3: x and weight must have the same dtype");
-  const std::string name = find_microkernel(kernel, dtype_of(x, "conv3x3: x"), cpu_flags()).name;
+  const std::string name = find_microkernel(kernel, dtype_of(x, "conv3x3: x"), Precision::highest, cpu_flags()).name;
   const auto [packed, affine] =
       pack_cpu(weight, bias, std::nullopt, std::nullopt, std::nullopt, std::nullopt, 0.0, name);
   return conv_stack_cpu(x, {packed}, {affine}, {int64_t{relu} + 2 * int64_t{pool}}, name,

@@ -58,9 +58,8 @@ VGG_TARGET inline void accumulate_row(const Conv3x3Args& a, int64_t group, int64
   }
 }
 
-// Where the type in memory and the precision differ, the blocked layout of an fp32 kernel holds rounded bf16
-// or fp16.
-template <class Isa, bool kPool, DType kRound, DType kStore>
+// Where the type in memory and the precision differ, the blocked layout holds rounded bf16 or fp16 in fp32 or in parts.
+template <class Isa, bool kPool, DType kRound, DType kStore, int kParts>
 VGG_TARGET inline void epilogue_row_as(const Conv3x3Args& a, int64_t group, int64_t out_row, const float* top,
                                        const float* bottom) {
   const typename Isa::Vec floor = Isa::splat(a.relu ? 0.0f : -__builtin_inff());
@@ -70,8 +69,8 @@ VGG_TARGET inline void epilogue_row_as(const Conv3x3Args& a, int64_t group, int6
     if (channel >= a.cout_stored) break;
     const typename Isa::Vec scale = Isa::load(a.scale + channel), shift = Isa::load(a.shift + channel);
     const typename Isa::Mask exist = Isa::first_lanes(a.cout - channel);
-    char* y =
-        a.y + group * a.y_group + out_row * a.y_row + (c / kVector) * a.y_vector + (c % kVector) * element_size(kStore);
+    char* y = a.y + group * a.y_group + out_row * a.y_row + (c / kVector) * a.y_vector +
+              (c % kVector) * (kParts > 1 ? 2 : element_size(kStore));
     for (int64_t p = 0; p < width; ++p, y += a.y_pixel) {
       typename Isa::Vec v;
       if constexpr (kPool) {
@@ -83,14 +82,14 @@ VGG_TARGET inline void epilogue_row_as(const Conv3x3Args& a, int64_t group, int6
       }
       v = Isa::clamp_below(Isa::multiply_add(v, scale, shift), floor);
       v = Isa::keep(v, exist);
-      if constexpr (kStore == DType::bf16) {
+      if constexpr (kRound == DType::f16 && kStore != DType::f16) v = Isa::round_f16(v);
+      if constexpr (kRound == DType::bf16 && kStore != DType::bf16) v = Isa::round_bf16(v);
+      if constexpr (kParts > 1) {
+        Isa::template store_parts<kParts>(y, a.y_part, v);
+      } else if constexpr (kStore == DType::bf16) {
         Isa::store_bf16(y, v);
       } else if constexpr (kStore == DType::f16) {
         Isa::store_f16(y, v);
-      } else if constexpr (kRound == DType::bf16) {
-        Isa::store(reinterpret_cast<float*>(y), Isa::round_bf16(v));
-      } else if constexpr (kRound == DType::f16) {
-        Isa::store(reinterpret_cast<float*>(y), Isa::round_f16(v));
       } else {
         Isa::store(reinterpret_cast<float*>(y), v);
       }
@@ -98,15 +97,23 @@ VGG_TARGET inline void epilogue_row_as(const Conv3x3Args& a, int64_t group, int6
   }
 }
 
-template <class Isa, bool kPool>
+// kParts: of the layout between the layers. What goes into a tensor is in one piece.
+template <class Isa, bool kPool, int kParts = 1>
 VGG_TARGET inline void epilogue_row(const Conv3x3Args& a, int64_t group, int64_t out_row, const float* top,
                                     const float* bottom) {
   constexpr auto f32 = DType::f32, bf16 = DType::bf16, f16 = DType::f16;
-  if (a.store_as == bf16) return epilogue_row_as<Isa, kPool, bf16, bf16>(a, group, out_row, top, bottom);
-  if (a.store_as == f16) return epilogue_row_as<Isa, kPool, f16, f16>(a, group, out_row, top, bottom);
-  if (a.round_to == bf16) return epilogue_row_as<Isa, kPool, bf16, f32>(a, group, out_row, top, bottom);
-  if (a.round_to == f16) return epilogue_row_as<Isa, kPool, f16, f32>(a, group, out_row, top, bottom);
-  epilogue_row_as<Isa, kPool, f32, f32>(a, group, out_row, top, bottom);
+  if constexpr (kParts > 1) {
+    if (a.y_part != 0) {
+      if (a.round_to == bf16) return epilogue_row_as<Isa, kPool, bf16, f32, kParts>(a, group, out_row, top, bottom);
+      if (a.round_to == f16) return epilogue_row_as<Isa, kPool, f16, f32, kParts>(a, group, out_row, top, bottom);
+      return epilogue_row_as<Isa, kPool, f32, f32, kParts>(a, group, out_row, top, bottom);
+    }
+  }
+  if (a.store_as == bf16) return epilogue_row_as<Isa, kPool, bf16, bf16, 1>(a, group, out_row, top, bottom);
+  if (a.store_as == f16) return epilogue_row_as<Isa, kPool, f16, f16, 1>(a, group, out_row, top, bottom);
+  if (a.round_to == bf16) return epilogue_row_as<Isa, kPool, bf16, f32, 1>(a, group, out_row, top, bottom);
+  if (a.round_to == f16) return epilogue_row_as<Isa, kPool, f16, f32, 1>(a, group, out_row, top, bottom);
+  epilogue_row_as<Isa, kPool, f32, f32, 1>(a, group, out_row, top, bottom);
 }
 
 // The micro-kernel for ISAs that work a row off by itself.

@@ -3,6 +3,7 @@
 // one writes it.
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 
 #include "denormals.h"
 #include "torch_cpu.h"
@@ -28,31 +29,36 @@ struct Stack {
   std::vector<Layer> layers;
   bool direct;  // the last layer writes the result itself
 
-  int64_t stored_blocks(const Layer& layer) const {
-    return ceil_div(kernel.groups(layer.cout) * kernel.group, kernel.block());
+  int64_t lanes(const Layer& layer) const { return kernel.groups(layer.cout) * kernel.group; }
+  int64_t stored_planes(const Layer& layer) const { return ceil_div(lanes(layer), kernel.block()) * kernel.parts; }
+  // Whether layer i leaves an image [h][w][lanes] behind instead of the next layer's map: the last one does where it
+  // cannot write the result itself, and one before a layer that wants neighbourhoods.
+  bool leaves_image(size_t i) const { return i + 1 == layers.size() ? !direct : kernel.gathers(layers[i + 1].cin); }
+  Image image_after(const Layer& layer, char* data) const {
+    const int64_t channels = lanes(layer);
+    return {data, dtype, channels, layer.out_h(), layer.out_w(), 1, layer.out_w() * channels, channels};
   }
-  // The first buffer holds every other map from the first on, the second those between. A thin layer inside the chain
-  // (gathers) has one more, of its input's neighbourhoods.
-  int64_t buffer_size(size_t parity) const {
-    std::vector<int64_t> maps = {map_bytes(kernel.cin_blocks(layers[0].cin), layers[0].h, layers[0].w)};
+  // Bytes of the two buffers that `run` works in: maps take turns, an image passes through the other buffer.
+  std::pair<int64_t, int64_t> buffer_sizes() const {
+    int64_t in = map_bytes(kernel.cin_blocks(layers[0].cin) * kernel.parts, layers[0].h, layers[0].w), out = 0;
+    bool swapped = false;
     for (size_t i = 0; i < layers.size(); ++i) {
       const Layer& layer = layers[i];
-      if (i > 0 && kernel.gathers(layer.cin)) maps.push_back(map_bytes(1, layer.h, layer.w));
-      if (i + 1 == layers.size() && direct) break;
-      maps.push_back(map_bytes(stored_blocks(layer), layer.out_h(), layer.out_w()));
+      const int64_t h = layer.out_h(), w = layer.out_w();
+      if (leaves_image(i)) {
+        out = std::max(out, ceil_div(h * w * lanes(layer) * element_size(dtype), kLine) * kLine);
+        if (i + 1 < layers.size()) in = std::max(in, map_bytes(kernel.parts, h, w));
+      } else if (i + 1 < layers.size()) {
+        out = std::max(out, map_bytes(stored_planes(layer), h, w));
+        std::swap(in, out);
+        swapped = !swapped;
+      }
     }
-    int64_t size = 0;
-    for (size_t i = parity; i < maps.size(); i += 2) size = std::max(size, maps[i]);
-    return size;
+    return swapped ? std::pair{out, in} : std::pair{in, out};
   }
 
-  // The channels of a layer's input, which fit in one block, as an image.
-  Image blocked_image(char* map, const Layer& layer) const {
-    const int64_t pitch = (layer.w + 2) * kernel.block();
-    return {map + (layer.w + 3) * kLine, kernel.compute, layer.cin, layer.h, layer.w, 1, pitch, kernel.block()};
-  }
-
-  void run(const Image& x, const Image& y, char* even, char* odd, const std::vector<std::vector<float>>& affines) const;
+  void fill(const Image& x, char* map) const;
+  void run(const Image& x, const Image& y, char* in, char* out, const std::vector<std::vector<float>>& affines) const;
   void run_layer(const Layer& layer, const char* in, char* out, const Image* y, const std::vector<float>& affine) const;
 };
 
@@ -67,12 +73,12 @@ float* scratch(int64_t floats) {
 
 void Stack::run_layer(const Layer& layer, const char* in, char* out, const Image* y,
                       const std::vector<float>& affine) const {
-  const int64_t groups = kernel.groups(layer.cout), lanes = groups * kernel.group, block = kernel.block();
+  const int64_t groups = kernel.groups(layer.cout), padded = lanes(layer), block = kernel.block();
   Conv3x3Args args{};
   args.x = in;
   args.weight = layer.weight;
   args.scale = affine.data();
-  args.shift = affine.data() + lanes;
+  args.shift = affine.data() + padded;
   args.h = layer.h;
   args.w = layer.w;
   args.cin_blocks = kernel.cin_blocks(layer.cin);
@@ -90,19 +96,20 @@ void Stack::run_layer(const Layer& layer, const char* in, char* out, const Image
     args.y_row = y->stride_h * size;
     args.y_group = kernel.group * size;
     args.y_vector = kVector * size;
-    args.cout_stored = layer.cout;
+    args.cout_stored = y->c;
     args.store_as = y->dtype;
   } else {
     const int64_t pitch = (layer.out_w() + 2) * kLine, plane = (layer.out_h() + 2) * pitch;
     args.y = out + pitch + kLine;
     args.y_pixel = kLine;
     args.y_row = pitch;
-    args.y_group = kernel.group / block * plane;
+    args.y_group = kernel.group / block * kernel.parts * plane;
+    args.y_part = kernel.parts > 1 ? plane : 0;
     args.y_vector = block == kVector ? plane : kVector * element_size(kernel.compute);
-    args.cout_stored = lanes;
+    args.cout_stored = padded;
     args.store_as = kernel.compute;
-    torch::stable::parallel_for(0, stored_blocks(layer), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) clear_border(out, b, layer.out_h(), layer.out_w());
+    torch::stable::parallel_for(0, stored_planes(layer), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) clear_border(out, p, layer.out_h(), layer.out_w());
     });
   }
   // The pool drops an odd last row; its convolution need not be computed.
@@ -118,27 +125,35 @@ void Stack::run_layer(const Layer& layer, const char* in, char* out, const Image
   });
 }
 
-void Stack::run(const Image& x, const Image& y, char* even, char* odd,
-                const std::vector<std::vector<float>>& affines) const {
+// The first map, or any layer's that wants neighbourhoods, from an image.
+void Stack::fill(const Image& x, char* map) const {
   const bool gathered = kernel.gathers(x.c);
   torch::stable::parallel_for(0, gathered ? x.h : x.h + 2, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) gathered ? gather_row(x, even, row) : pack_row(x, kernel, even, row);
+    const FlushDenormals mode;  // the parts that a map of sums is split into may be denormal
+    if (gathered) return gather_rows(x, kernel, map, begin, end);
+    for (int64_t row = begin; row < end; ++row) pack_row(x, kernel, map, row);
   });
+}
+
+void Stack::run(const Image& x, const Image& y, char* in, char* out,
+                const std::vector<std::vector<float>>& affines) const {
+  fill(x, in);
   for (size_t i = 0; i < layers.size(); ++i) {
     const bool last = i + 1 == layers.size();
-    if (i > 0 && kernel.gathers(layers[i].cin)) {
-      const Image inner = blocked_image(even, layers[i]);
-      torch::stable::parallel_for(0, inner.h, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row) gather_row(inner, odd, row);
-      });
-      std::swap(even, odd);
+    if (!leaves_image(i)) {
+      run_layer(layers[i], in, out, last ? &y : nullptr, affines[i]);
+      std::swap(in, out);
+      continue;
     }
-    run_layer(layers[i], even, odd, last && direct ? &y : nullptr, affines[i]);
-    std::swap(even, odd);
-  }
-  if (!direct) {
+    Image result = image_after(layers[i], out);
+    run_layer(layers[i], in, nullptr, &result, affines[i]);
+    if (!last) {
+      result.c = layers[i].cout;
+      fill(result, in);
+      continue;
+    }
     torch::stable::parallel_for(0, y.h, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) unpack_row(even, kernel, y, row);
+      for (int64_t row = begin; row < end; ++row) copy_row(result, y, row);
     });
   }
 }
@@ -152,7 +167,7 @@ Tensor conv_stack_cpu(const Tensor& x, const std::vector<Tensor>& weights, const
                   "conv_stack: ", weights.size(), " weights and ", affines.size(), " affines for a program of ",
                   program.size(), " steps; it needs one of each per step, and at least one");
   const DType dtype = dtype_of(x, "conv_stack: x");
-  const MicroKernel& kernel = find_microkernel(kernel_name, dtype, cpu_flags());
+  const MicroKernel& kernel = find_microkernel(kernel_name, dtype, Precision::highest, cpu_flags());
   Stack stack{kernel, dtype, {}, false};
   std::vector<std::vector<float>> padded;  // per layer: scale, shift, with zeros for the lanes past Cout
   int64_t channels = x.size(1), h = x.size(2), w = x.size(3);
@@ -195,14 +210,15 @@ Tensor conv_stack_cpu(const Tensor& x, const std::vector<Tensor>& weights, const
   // As many images at a time as there are threads, each thread on its own: no waiting between layers. What is
   // left over is shared out layer by layer; parallel_for runs serially inside itself.
   const int64_t alone = n / threads * threads;
-  const int64_t even = stack.buffer_size(0), odd = stack.buffer_size(1);
+  const auto [first, second] = stack.buffer_sizes();
+  const int64_t slot_bytes = first + second, first_bytes = first;
   const Tensor workspace =
-      torch::stable::empty({(alone ? threads : 1) * (even + odd) + kLine}, ScalarType::Byte, std::nullopt, x.device());
+      torch::stable::empty({(alone ? threads : 1) * slot_bytes + kLine}, ScalarType::Byte, std::nullopt, x.device());
   const auto address = reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr());
   char* base = reinterpret_cast<char*>((address + kLine - 1) / kLine * kLine);
   auto run_image = [&](int64_t image, int64_t slot) {
-    char* buffer = base + slot * (even + odd);
-    stack.run(image_of(x, dtype, image), image_of(y, dtype, image), buffer, buffer + even, padded);
+    char* buffer = base + slot * slot_bytes;
+    stack.run(image_of(x, dtype, image), image_of(y, dtype, image), buffer, buffer + first_bytes, padded);
   };
   torch::stable::parallel_for(0, alone ? threads : 0, 1, [&](int64_t begin, int64_t end) {
     for (int64_t slot = begin; slot < end; ++slot) {

@@ -25,6 +25,18 @@ inline uint16_t float_to_bf16(float value) {
   return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
 }
 
+// Part `part` of a value as a sum of bf16 values: each is the rounding of what the ones before it left over. What is
+// not finite is all in the first part, and a finite value that would round up to infinity is cut off.
+inline uint16_t bf16_part(float value, int64_t part) {
+  for (;; --part) {
+    uint16_t bits = float_to_bf16(value);
+    const bool finite = (bits_of(value) & 0x7f800000u) != 0x7f800000u;
+    if (finite && (bits & 0x7fffu) == 0x7f80u) bits = uint16_t(bits_of(value) >> 16);
+    if (part == 0) return bits;
+    value = finite ? value - bf16_to_float(bits) : 0.0f;
+  }
+}
+
 inline float f16_to_float(uint16_t value) {
   const uint32_t sign = uint32_t{value & 0x8000u} << 16, rest = value & 0x7fffu;
   if (rest >= 0x7c00u) return float_of(sign | 0x7f800000u | ((rest & 0x3ffu) << 13));

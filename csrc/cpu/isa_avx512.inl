@@ -33,6 +33,21 @@ struct Avx512 {
   VGG_TARGET static void store_f16(char* p, Vec v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
+  // v as a sum of bf16 values, kParts planes `stride` bytes apart. What is not finite is all in the first part.
+  template <int kParts>
+  VGG_TARGET static void store_parts(char* p, int64_t stride, Vec v) {
+    const __m512 zero = _mm512_setzero_ps();
+    for (int part = 0; part < kParts; ++part, p += stride) {
+      const __mmask16 finite = _mm512_cmp_ps_mask(_mm512_sub_ps(v, v), zero, _CMP_EQ_OQ);
+      __m512i bits = bf16_bits(v);
+      // A finite value that rounds up to infinity is cut off instead: the next part has the rest.
+      const __mmask16 overflow = _mm512_mask_cmpeq_epi32_mask(
+          finite, _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)), _mm512_set1_epi32(0x7f800000));
+      bits = _mm512_mask_and_epi32(bits, overflow, _mm512_castps_si512(v), _mm512_set1_epi32(int(0xffff0000u)));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
+      v = _mm512_maskz_sub_ps(finite, v, _mm512_castsi512_ps(bits));
+    }
+  }
   VGG_TARGET static Vec round_bf16(Vec v) { return _mm512_castsi512_ps(bf16_bits(v)); }
   VGG_TARGET static Vec round_f16(Vec v) { return _mm512_cvtph_ps(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
 };

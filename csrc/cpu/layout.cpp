@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "convert.h"
 
@@ -29,80 +30,106 @@ struct Element<DType::f16> {
   static void store(uint16_t* p, float v) { *p = float_to_f16(v); }
 };
 
-// n elements, converted; equal types are copied bit by bit.
-template <DType kFrom, DType kTo>
-void copy_strided(const typename Element<kFrom>::Type* from, int64_t from_stride, typename Element<kTo>::Type* to,
-                  int64_t to_stride, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    if constexpr (kFrom == kTo) {
-      to[i * to_stride] = from[i * from_stride];
-    } else {
-      Element<kTo>::store(to + i * to_stride, Element<kFrom>::load(from + i * from_stride));
-    }
-  }
-}
-
-// A plane of rows x columns elements. The longer contiguous direction is the inner loop.
+// A plane of rows x columns elements, converted; equal types are copied bit by bit.
 template <DType kFrom, DType kTo>
 void copy_plane(const char* from, int64_t from_row, int64_t from_column, char* to, int64_t to_row, int64_t to_column,
                 int64_t rows, int64_t columns) {
   auto* source = reinterpret_cast<const typename Element<kFrom>::Type*>(from);
   auto* target = reinterpret_cast<typename Element<kTo>::Type*>(to);
-  for (int64_t r = 0; r < rows; ++r) {
-    copy_strided<kFrom, kTo>(source + r * from_row, from_column, target + r * to_row, to_column, columns);
+  for (int64_t r = 0; r < rows; ++r, source += from_row, target += to_row) {
+    for (int64_t c = 0; c < columns; ++c) {
+      if constexpr (kFrom == kTo) {
+        target[c * to_column] = source[c * from_column];
+      } else {
+        Element<kTo>::store(target + c * to_column, Element<kFrom>::load(source + c * from_column));
+      }
+    }
   }
 }
 
 using CopyPlane = decltype(&copy_plane<DType::f32, DType::f32>);
 
+template <DType kFrom>
+CopyPlane copy_plane_from(DType to) {
+  if (to == DType::f32) return copy_plane<kFrom, DType::f32>;
+  return to == DType::bf16 ? copy_plane<kFrom, DType::bf16> : copy_plane<kFrom, DType::f16>;
+}
+
 CopyPlane copy_plane_for(DType from, DType to) {
-  constexpr auto f32 = DType::f32, bf16 = DType::bf16, f16 = DType::f16;
-  if (from == f32) return to == f32 ? copy_plane<f32, f32> : to == bf16 ? copy_plane<f32, bf16> : copy_plane<f32, f16>;
-  if (from == bf16) return to == f32 ? copy_plane<bf16, f32> : copy_plane<bf16, bf16>;
-  return to == f32 ? copy_plane<f16, f32> : copy_plane<f16, f16>;
+  return from == DType::f32    ? copy_plane_from<DType::f32>(to)
+         : from == DType::bf16 ? copy_plane_from<DType::bf16>(to)
+                               : copy_plane_from<DType::f16>(to);
+}
+
+// `vectors` x 16 fp32 values in the parts of a kernel that has them.
+void split_parts(const float* from, int64_t vectors, char* to, int64_t stride, const MicroKernel& kernel) {
+#if defined(__x86_64__)
+  split_parts_avx512(from, vectors, to, stride, kernel.parts);
+#else
+  (void)from, (void)vectors, (void)to, (void)stride, (void)kernel;  // no kernel there has parts
+#endif
 }
 
 }  // namespace
 
-int64_t map_bytes(int64_t blocks, int64_t h, int64_t w) { return (blocks * (h + 2) * (w + 2) + 64) * kLine; }
+int64_t map_bytes(int64_t planes, int64_t h, int64_t w) { return (planes * (h + 2) * (w + 2) + 64) * kLine; }
 
 void pack_row(const Image& image, const MicroKernel& kernel, char* map, int64_t row) {
   const int64_t block = kernel.block(), pitch = (image.w + 2) * kLine, size = element_size(image.dtype);
-  const CopyPlane copy = copy_plane_for(image.dtype, kernel.compute);
+  const int64_t plane = (image.h + 2) * pitch;
+  const bool split = kernel.parts > 1;
+  const CopyPlane copy = copy_plane_for(image.dtype, split ? DType::f32 : kernel.compute);
+  std::vector<float> whole(split ? image.w * block : 0);
   for (int64_t b = 0; b < ceil_div(image.c, block); ++b) {
-    char* line = map + (b * (image.h + 2) + row) * pitch;
-    std::memset(line, 0, pitch);
+    char* line = map + b * kernel.parts * plane + row * pitch;
+    for (int64_t part = 0; part < kernel.parts; ++part) std::memset(line + part * plane, 0, pitch);
     if (row == 0 || row == image.h + 1) continue;
     const int64_t channels = std::min(block, image.c - b * block);
+    if (split && channels < block) std::fill(whole.begin(), whole.end(), 0.0f);
     const char* source = image.data + (b * block * image.stride_c + (row - 1) * image.stride_h) * size;
+    char* target = split ? reinterpret_cast<char*>(whole.data()) : line + kLine;
     if (image.stride_c == 1) {
-      copy(source, image.stride_w, 1, line + kLine, block, 1, image.w, channels);
+      copy(source, image.stride_w, 1, target, block, 1, image.w, channels);
     } else {
-      copy(source, image.stride_c, image.stride_w, line + kLine, 1, block, channels, image.w);
+      copy(source, image.stride_c, image.stride_w, target, 1, block, channels, image.w);
+    }
+    if (split) split_parts(whole.data(), image.w * block / kVector, line + kLine, plane, kernel);
+  }
+}
+
+void gather_rows(const Image& image, const MicroKernel& kernel, char* map, int64_t row_begin, int64_t row_end) {
+  const int64_t pitch = (image.w + 2) * kLine, size = element_size(image.dtype), rows = row_end - row_begin;
+  const bool split = kernel.parts > 1;
+  const CopyPlane copy = copy_plane_for(image.dtype, split ? DType::f32 : DType::bf16);
+  // The image's rows as bf16 [row][column][channel] with a border: the three neighbours of a pixel in a row are then
+  // one piece of 3 * c values. In parts, an fp32 copy comes first.
+  const int64_t line = (image.w + 2) * image.c, vectors = ceil_div((rows + 2) * line, kVector);
+  std::vector<uint16_t> bordered(kernel.parts * vectors * kVector);
+  std::vector<float> whole(split ? vectors * kVector : 0);
+  for (int64_t y = std::max<int64_t>(row_begin - 1, 0); y < std::min(row_end + 1, image.h); ++y) {
+    const int64_t first = (y - row_begin + 1) * line + image.c;
+    char* target = split ? reinterpret_cast<char*>(whole.data() + first) : reinterpret_cast<char*>(&bordered[first]);
+    copy(image.data + y * image.stride_h * size, image.stride_c, image.stride_w, target, 1, image.c, image.c, image.w);
+  }
+  if (split)
+    split_parts(whole.data(), vectors, reinterpret_cast<char*>(bordered.data()), vectors * kVector * 2, kernel);
+  for (int64_t part = 0; part < kernel.parts; ++part) {
+    for (int64_t row = row_begin; row < row_end; ++row) {
+      char* pixels = map + (part * (image.h + 2) + row) * pitch;
+      std::memset(pixels, 0, pitch);
+      const uint16_t* above = bordered.data() + part * vectors * kVector + (row - row_begin) * line;
+      for (int64_t x = 0; x < image.w; ++x, pixels += kLine, above += image.c) {
+        for (int64_t tap_row = 0; tap_row < 3; ++tap_row) {
+          std::memcpy(pixels + tap_row * 3 * image.c * 2, above + tap_row * line, 3 * image.c * 2);
+        }
+      }
     }
   }
 }
 
-void gather_row(const Image& image, char* map, int64_t row) {
-  constexpr int64_t kBlock = 2 * kWords;
-  const int64_t pitch = (image.w + 2) * kLine, size = element_size(image.dtype);
-  const CopyPlane copy = copy_plane_for(image.dtype, DType::bf16);
-  char* line = map + row * pitch;
-  std::memset(line, 0, pitch);
-  for (int64_t tap = 0; tap < kTaps; ++tap) {
-    const int64_t y = row + tap / 3 - 1, shift = tap % 3 - 1;
-    if (y < 0 || y >= image.h) continue;
-    const int64_t begin = std::max<int64_t>(0, -shift), end = std::min(image.w, image.w - shift);
-    if (begin >= end) continue;
-    const char* source = image.data + (y * image.stride_h + (begin + shift) * image.stride_w) * size;
-    copy(source, image.stride_c, image.stride_w, line + begin * kLine + tap * image.c * 2, 1, kBlock, image.c,
-         end - begin);
-  }
-}
-
-void clear_border(char* map, int64_t block, int64_t h, int64_t w) {
+void clear_border(char* map, int64_t plane, int64_t h, int64_t w) {
   const int64_t pitch = (w + 2) * kLine;
-  char* first = map + block * (h + 2) * pitch;
+  char* first = map + plane * (h + 2) * pitch;
   std::memset(first, 0, pitch);
   for (int64_t row = 1; row <= h; ++row) {
     std::memset(first + row * pitch, 0, kLine);
@@ -111,24 +138,15 @@ void clear_border(char* map, int64_t block, int64_t h, int64_t w) {
   std::memset(first + (h + 1) * pitch, 0, pitch);
 }
 
-void unpack_row(const char* map, const MicroKernel& kernel, const Image& image, int64_t row) {
-  const int64_t block = kernel.block(), pitch = (image.w + 2) * kLine, size = element_size(image.dtype);
-  const CopyPlane copy = copy_plane_for(kernel.compute, image.dtype);
-  for (int64_t b = 0; b < ceil_div(image.c, block); ++b) {
-    const char* line = map + (b * (image.h + 2) + row + 1) * pitch + kLine;
-    char* target = image.data + (b * block * image.stride_c + row * image.stride_h) * size;
-    const int64_t channels = std::min(block, image.c - b * block);
-    if (image.stride_c == 1) {
-      copy(line, block, 1, target, image.stride_w, 1, image.w, channels);
-    } else {
-      copy(line, 1, block, target, image.stride_c, image.stride_w, channels, image.w);
-    }
-  }
+void copy_row(const Image& from, const Image& to, int64_t row) {
+  const int64_t size = element_size(from.dtype);
+  copy_plane_for(from.dtype, to.dtype)(from.data + row * from.stride_h * size, from.stride_c, from.stride_w,
+                                       to.data + row * to.stride_h * size, to.stride_c, to.stride_w, to.c, to.w);
 }
 
 void pack_weight_group(const Weight& weight, const MicroKernel& kernel, uint32_t* packed, int64_t group) {
   const int64_t g = kernel.group, block = kernel.block(), taps = kernel.taps(weight.cin);
-  const int64_t blocks = kernel.cin_blocks(weight.cin), group_words = blocks * taps * kWords * g;
+  const int64_t part_words = taps * kWords * g, group_words = kernel.cin_blocks(weight.cin) * kernel.parts * part_words;
   const int64_t per_word = block / kWords, size = element_size(weight.dtype);
   const bool gathered = kernel.gathers(weight.cin);
   uint32_t* out = packed + group * group_words;
@@ -150,14 +168,17 @@ void pack_weight_group(const Weight& weight, const MicroKernel& kernel, uint32_t
           value = weight.dtype == DType::bf16 ? bf16_to_float(bits) : f16_to_float(bits);
         }
         value *= weight.sign[o];
-        // Position of this channel and tap: block, tap, word, lane, half of the word.
+        // Position of this channel and tap: block, (part,) tap, word, lane, half of the word.
         const int64_t channel = gathered ? tap * weight.cin + i : i, row = gathered ? 0 : tap;
-        const int64_t word = ((channel / block) * taps + row) * kWords + (channel % block) / per_word;
-        char* target = reinterpret_cast<char*>(out + word * g + lane) + (channel % per_word) * 2;
+        const int64_t word =
+            channel / block * kernel.parts * part_words + (row * kWords + channel % block / per_word) * g + lane;
+        char* target = reinterpret_cast<char*>(out + word) + (channel % per_word) * 2;
         if (kernel.compute == DType::f32) {
           std::memcpy(target, &value, 4);
-        } else {
-          const uint16_t bits = float_to_bf16(value);
+          continue;
+        }
+        for (int64_t part = 0; part < kernel.parts; ++part, target += part_words * 4) {
+          const uint16_t bits = kernel.parts > 1 ? bf16_part(value, part) : float_to_bf16(value);
           std::memcpy(target, &bits, 2);
         }
       }

@@ -12,21 +12,22 @@ struct Image {
   int64_t stride_c, stride_h, stride_w;
 };
 
-// Bytes of a blocked map with its border, and the slack after it that whole AMX tiles may read (and drop).
-int64_t map_bytes(int64_t blocks, int64_t h, int64_t w);
+// Bytes of a blocked map of `planes` = blocks x parts with its border, and the slack after it that whole AMX tiles may
+// read (and drop).
+int64_t map_bytes(int64_t planes, int64_t h, int64_t w);
 
-// Row `row` (0 .. h + 1, the border included) of every channel block of the map, from the image.
+// Row `row` (0 .. h + 1, the border included) of every plane of the map, from the image.
 void pack_row(const Image& image, const MicroKernel& kernel, char* map, int64_t row);
 
-// Row `row` (0 .. h - 1) of the map whose pixels are the image's 3x3 neighbourhoods, [tap][channel],
+// Rows [row_begin, row_end) of 0 .. h - 1 of the map whose pixels are the image's 3x3 neighbourhoods, [tap][channel],
 // zero-padded.
-void gather_row(const Image& image, char* map, int64_t row);
+void gather_rows(const Image& image, const MicroKernel& kernel, char* map, int64_t row_begin, int64_t row_end);
 
-// Zeros in the border of channel block `block`.
-void clear_border(char* map, int64_t block, int64_t h, int64_t w);
+// Zeros in the border of plane `plane`.
+void clear_border(char* map, int64_t plane, int64_t h, int64_t w);
 
-// Row `row` (0 .. h - 1) of the image, from a blocked map of fp32 or bf16.
-void unpack_row(const char* map, const MicroKernel& kernel, const Image& image, int64_t row);
+// Row `row` of an image from that of another of the same dtype and size, which may have more channels.
+void copy_row(const Image& from, const Image& to, int64_t row);
 
 // A plain OIHW weight; strides count elements.
 struct Weight {

@@ -15,8 +15,8 @@ namespace vgg_fast {
 namespace {
 
 constexpr MicroKernel kTable[] = {
-#define MICROKERNEL(name, cap, flags, compute, group, rows, im2col) \
-  {#name, cap, flags, DType::compute, group, rows, im2col, conv3x3_##name},
+#define MICROKERNEL(name, cap, flags, compute, parts, error, group, rows, im2col) \
+  {#name, cap, flags, DType::compute, parts, Precision::error, group, rows, im2col, conv3x3_##name},
 #include "microkernels.inc"
 #undef MICROKERNEL
 };
@@ -44,7 +44,10 @@ std::string missing(const std::string& wanted, const std::string& flags) {
   return result;
 }
 
-bool takes(const MicroKernel& kernel, DType dtype) { return kernel.compute == DType::f32 || kernel.compute == dtype; }
+bool good_enough(const MicroKernel& kernel, DType dtype, Precision precision) {
+  const Precision wanted = dtype == DType::bf16 ? Precision::medium : dtype == DType::f16 ? Precision::high : precision;
+  return kernel.error <= wanted;
+}
 
 #if defined(__x86_64__)
 // Tile state is 8 KB that the kernel saves only for processes that asked for it.
@@ -100,20 +103,25 @@ std::string cpu_flags() {
   return result;
 }
 
-const MicroKernel& select_microkernel(DType dtype, const std::string& flags) {
+const MicroKernel& select_microkernel(DType dtype, Precision precision, const std::string& flags) {
   for (const MicroKernel& kernel : kTable) {
-    if (takes(kernel, dtype) && missing(kernel.flags, flags).empty()) return kernel;
+    if (good_enough(kernel, dtype, precision) && missing(kernel.flags, flags).empty()) return kernel;
   }
   throw std::logic_error("the portable micro-kernel takes everything");
 }
 
-const MicroKernel& find_microkernel(const std::string& name, DType dtype, const std::string& flags) {
-  if (name == "auto") return select_microkernel(dtype, flags);
+const MicroKernel& find_microkernel(const std::string& name, DType dtype, Precision precision,
+                                    const std::string& flags) {
+  if (name == "auto") return select_microkernel(dtype, precision, flags);
   std::string names;
   for (const MicroKernel& kernel : kTable) {
     names += std::string(names.empty() ? "" : ", ") + kernel.name;
     if (name != kernel.name) continue;
-    if (!takes(kernel, dtype)) throw std::runtime_error("kernel '" + name + "' takes bf16 tensors only");
+    // An fp32 tensor may be run at less precision by who names the kernel; fp16 has values that bf16 cannot hold.
+    if (dtype == DType::f16 && !good_enough(kernel, dtype, precision)) {
+      throw std::runtime_error("kernel '" + name + "' multiplies single bf16 values, which cannot hold fp16 tensors; " +
+                               "convert them to bf16, or take kernel amx_bf16x3, avx512_f32 or auto");
+    }
     const std::string lacking = missing(kernel.flags, flags);
     if (lacking.empty()) return kernel;
     throw std::runtime_error("kernel '" + name + "' needs the CPU flags '" + lacking +

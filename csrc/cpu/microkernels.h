@@ -10,11 +10,13 @@ namespace vgg_fast {
 // forbids. Raises std::runtime_error if VGG_FAST_ISA is none of portable, avx2, avx512, amx.
 std::string cpu_flags();
 
-// The first row of the table that `flags` can run and that takes tensors of this type: a pure function.
-const MicroKernel& select_microkernel(DType dtype, const std::string& flags);
+// The first row of the table that `flags` can run and whose error is good enough for tensors of this type, fp32 ones
+// being content with `precision`: a pure function.
+const MicroKernel& select_microkernel(DType dtype, Precision precision, const std::string& flags);
 
-// The row with this name, which must take `dtype` and run under `flags`; "auto" selects.
+// The row with this name, which must be able to hold `dtype` and run under `flags`; "auto" selects.
 // Raises std::runtime_error naming the reasons otherwise.
-const MicroKernel& find_microkernel(const std::string& name, DType dtype, const std::string& flags);
+const MicroKernel& find_microkernel(const std::string& name, DType dtype, Precision precision,
+                                    const std::string& flags);
 
 }  // namespace vgg_fast

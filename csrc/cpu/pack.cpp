@@ -41,7 +41,7 @@ std::tuple<Tensor, Tensor> pack_cpu(const Tensor& weight, const std::optional<Te
   STD_TORCH_CHECK(cout > 0 && cin > 0, "pack: weight has no channels: [", cout, ", ", cin, ", 3, 3]");
   STD_TORCH_CHECK(bn_mean.has_value() == bn_var.has_value(), "pack: bn_mean and bn_var go together");
   const DType dtype = dtype_of(weight, "pack: weight");
-  const MicroKernel& kernel = find_microkernel(kernel_name, dtype, cpu_flags());
+  const MicroKernel& kernel = find_microkernel(kernel_name, dtype, Precision::highest, cpu_flags());
 
   const std::vector<double> mean = read_vector(bn_mean, cout, 0, "bn_mean");
   const std::vector<double> var = read_vector(bn_var, cout, 1, "bn_var");
