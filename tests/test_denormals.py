@@ -13,7 +13,7 @@ from vgg_fast import reference, selection, testing
 
 ops = torch.ops.vgg_fast
 KERNELS = selection.cpu_kernels()
-FP32_KERNELS = [kernel for kernel in KERNELS if not kernel.endswith("bf16")]
+FP16_KERNELS = [kernel for kernel in KERNELS if not kernel.endswith("bf16") and "winograd" not in kernel]
 
 
 def runnable(kernel: str) -> torch.dtype:
@@ -26,15 +26,22 @@ def runnable(kernel: str) -> torch.dtype:
     return dtype
 
 
-def fastest(calls: dict[str, Callable[[], object]], rounds: int = 15) -> dict[str, float]:
-    """The least time of each call, in seconds; the calls take turns, so that a busy machine hits all of them."""
-    best = dict.fromkeys(calls, float("inf"))
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            best[name] = min(best[name], time.perf_counter() - start)
-    return best
+def ratios(calls: dict[str, tuple[Callable[[], object], Callable[[], object]]]) -> dict[str, float]:
+    """How much longer the first call of each pair takes than the second, by the least time of each.
+
+    All calls take turns, for as many rounds as a busy machine needs: noise only ever adds to a time, so more rounds
+    bring a ratio of 1 closer to 1, while a ratio of 100 stays what it is.
+    """
+    best = {name: [float("inf")] * 2 for name in calls}
+    for _ in range(300):
+        for name, pair in calls.items():
+            for i, call in enumerate(pair):
+                start = time.perf_counter()
+                call()
+                best[name][i] = min(best[name][i], time.perf_counter() - start)
+        if all(denormal < 1.2 * normal for denormal, normal in best.values()):
+            break
+    return {name: denormal / normal for name, (denormal, normal) in best.items()}
 
 
 def pack(weight: torch.Tensor, kernel: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,31 +61,23 @@ def test_denormals_cost_no_time(kernel):
         x, packed, affines = x.to(dtype), [p[0] for p in layers], [p[1] for p in layers]
         return lambda: ops.conv_stack(x, packed, affines, [0] * len(layers), kernel, False)
 
-    calls = {
-        "normal": run(x, full),
-        "weights": run(x, tiny),
-        "activations": run(1e-39 * x, full),
-        "two normal layers": run(x, full, full),
-        "activations that become denormal": run(1e-19 * x, small, full),
-        "packing": lambda: pack(normal, kernel),
-        "packing denormals": lambda: pack(denormal, kernel),
-    }
-    best = fastest(calls)
-    ratios = {
-        "weights": best["weights"] / best["normal"],
-        "activations": best["activations"] / best["normal"],
-        "chain": best["activations that become denormal"] / best["two normal layers"],
-        "packing": best["packing denormals"] / best["packing"],
-    }
-    assert max(ratios.values()) < 1.5, ratios
+    found = ratios(
+        {
+            "weights": (run(x, tiny), run(x, full)),
+            "activations": (run(1e-39 * x, full), run(x, full)),
+            "activations that become denormal": (run(1e-19 * x, small, full), run(x, full, full)),
+            "packing": (lambda: pack(denormal, kernel), lambda: pack(normal, kernel)),
+        }
+    )
+    assert max(found.values()) < 1.5, found
 
 
 def test_fp16_denormals_convert_as_fast_as_other_numbers():
     torch.set_num_threads(1)
     x = testing.random_tensor(1, 32, 56, 56, dtype=torch.float16)
     tiny = 1e-6 * x
-    best = fastest({"normal": lambda: ops.maxpool2x2(x), "denormal": lambda: ops.maxpool2x2(tiny)})
-    assert best["denormal"] < 1.5 * best["normal"], best
+    found = ratios({"pool": (lambda: ops.maxpool2x2(tiny), lambda: ops.maxpool2x2(x))})
+    assert found["pool"] < 1.5
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -88,10 +87,11 @@ def test_what_is_flushed_stays_within_the_bound(kernel, of_x, of_weight):
     for name in ("rgb_odd", "ragged"):
         x, weight, _ = testing.conv_inputs(testing.shape(name))
         x, weight = (x * of_x).to(dtype), (weight * of_weight).to(dtype)
-        testing.assert_conv_close(ops.conv3x3(x, weight, None, False, True, kernel), x, weight, pool=True)
+        y = ops.conv3x3(x, weight, None, False, True, kernel)
+        testing.assert_conv_close(y, x, weight, pool=True, kernel=kernel)
 
 
-@pytest.mark.parametrize("kernel", FP32_KERNELS)
+@pytest.mark.parametrize("kernel", FP16_KERNELS)
 @pytest.mark.parametrize(("of_x", "of_weight"), [(2.0**-24, 1.0), (2.0**-12, 2.0**-12), (1.0, 2.0**-24)])
 def test_fp16_denormals_are_exact(kernel, of_x, of_weight):
     """Integers times 2^-24: inputs, weights or only the results are denormal in fp16, and every sum is exact."""

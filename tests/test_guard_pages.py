@@ -53,7 +53,9 @@ def guarded(values: torch.Tensor, side: str) -> torch.Tensor:
 
 def check(kernel: str) -> None:
     """conv3x3, conv_stack and pack of one kernel with every tensor against a protected page."""
-    dtypes = (torch.bfloat16,) if kernel.endswith("bf16") else (torch.float32, torch.bfloat16, torch.float16)
+    dtypes = (
+        (torch.float32, torch.bfloat16) if kernel.endswith("bf16") else (torch.float32, torch.bfloat16, torch.float16)
+    )
     for dtype, name in itertools.product(dtypes, NAMES):
         shape = testing.shape(name)
         tensors = testing.conv_inputs(shape, dtype, integers=True)

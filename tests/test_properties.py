@@ -22,11 +22,13 @@ same_every_time = settings(
 
 
 def runnable() -> list[tuple[str, torch.dtype]]:
-    """Every kernel of this machine with every dtype it takes."""
+    """Every kernel of this machine that is exact on integers (Winograd's are not), with every dtype it takes."""
     pairs = []
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         problem = selection.problem_on(dtype, torch.device("cpu"))
         for kernel in selection.cpu_kernels():
+            if "winograd" in kernel:
+                continue
             try:
                 pairs.append((selection.select(problem, kernel), dtype))
             except RuntimeError:
@@ -81,7 +83,7 @@ def test_a_convolution_is_the_references_bit_for_bit(data):
 @given(data=st.data())
 @settings(same_every_time, max_examples=250)
 def test_a_chain_is_its_steps_bit_for_bit(data):
-    """In any batch and by any number of threads; each step is also checked against the reference."""
+    """In any batch and by any number of threads; the steps are also checked against the reference."""
     kernel, dtype = data.draw(st.sampled_from(runnable()))
     n, h, w = data.draw(st.integers(1, 5)), data.draw(sides), data.draw(sides)
     widths = data.draw(st.lists(channels, min_size=2, max_size=5))
@@ -98,8 +100,10 @@ def test_a_chain_is_its_steps_bit_for_bit(data):
         program.append(flags)
         before = step.bfloat16() if kernel.endswith("bf16") else step  # all that a single bf16 value holds of fp32
         step = ops.conv_stack(step, [packs[-1][0]], [packs[-1][1]], [flags], kernel, last)
-        expected = reference.conv3x3(before.double(), weight.double(), None, bool(flags & 1), bool(flags & 2))
-        assert torch.equal(step, expected.to(dtype))
+        # Later inputs are larger: only kernels that keep every bit of them are exact.
+        if i == 0 or testing.product_error(kernel, dtype) == 0:
+            expected = reference.conv3x3(before.double(), weight.double(), None, bool(flags & 1), bool(flags & 2))
+            assert torch.equal(step, expected.to(dtype))
     weights, affines = [p[0] for p in packs], [p[1] for p in packs]
     assert torch.equal(ops.conv_stack(x, weights, affines, program, kernel, last), step)
     torch.set_num_threads(data.draw(threads))

@@ -188,10 +188,11 @@ def conv_bound(
     """
     u32 = 2.0**-24
     magnitude = F.conv2d(x.double().abs(), weight.double().abs(), padding=1)
-    # Denormal operands are read as zeros and denormal sums flushed: the smallest normal number times what it meets.
+    # Denormal operands (or parts of them) are read as zeros and denormal sums flushed, up to six products for one: the
+    # smallest normal number times what it meets.
     tiny = torch.finfo(torch.float32).tiny
     met = F.conv2d(x.double().abs(), torch.ones(1, *weight.shape[1:], dtype=torch.float64, device=x.device), padding=1)
-    flushed = tiny * (met + weight.double().abs().sum((1, 2, 3))[:, None, None] + 9 * x.shape[1])
+    flushed = tiny * (met + weight.double().abs().sum((1, 2, 3))[:, None, None] + 6 * 9 * x.shape[1])
     if is_direct(kernel, *x.shape[1:]):
         error = magnitude * (9 * x.shape[1] * u32 + product_error(kernel, x.dtype))  # as many terms
     else:

@@ -95,9 +95,11 @@ float* scratch(int64_t floats) {
 void Stack::run_winograd(const Conv3x3Args& args, WinogradPlan plan, float* shared) const {
   for (plan.band = 0; plan.band < plan.bands(); ++plan.band) {
     torch::stable::parallel_for(0, plan.prepare_units(), 1, [&](int64_t begin, int64_t end) {
+      const FlushDenormals mode;
       for (int64_t unit = begin; unit < end; ++unit) kernel.winograd_prepare(args, plan, unit, shared);
     });
     torch::stable::parallel_for(0, plan.run_units(), 1, [&](int64_t begin, int64_t end) {
+      const FlushDenormals mode;
       float* own = scratch(plan.scratch_floats());
       for (int64_t unit = begin; unit < end; ++unit) kernel.winograd_run(args, plan, unit, shared, own);
     });
@@ -163,6 +165,7 @@ void Stack::run_layer(const Layer& layer, const char* in, char* out, char* share
 void Stack::fill(const Image& x, char* map) const {
   const bool gathered = kernel.gathers(x.c);
   torch::stable::parallel_for(0, gathered ? x.h : x.h + 2, 1, [&](int64_t begin, int64_t end) {
+    const FlushDenormals mode;  // the parts that a map of sums is split into may be denormal
     if (gathered) return gather_rows(x, kernel, map, begin, end);
     for (int64_t row = begin; row < end; ++row) pack_row(x, kernel, map, row);
   });

@@ -27,6 +27,7 @@ const std::vector<Chain> kChains = {
     {1, 21, 19, {3, 40, 33, 64}, false, "one image: each layer is shared out; first-layer form, odd sizes, unpacked"},
     {1, 18, 16, {16, 32, 32, 48}, true, "the last layer writes the result itself"},
     {5, 9, 12, {37, 53, 20, 32}, false, "two images per thread and one left over"},
+    {3, 8, 7, {20, 3, 2, 17}, false, "few channels inside the chain, which some kernels lay out as neighbourhoods"},
 };
 
 void fill(const Tensor& tensor, unsigned seed) {
@@ -44,7 +45,8 @@ void fill(const Tensor& tensor, unsigned seed) {
 
 Tensor run(const Chain& chain, const MicroKernel& kernel, int64_t threads) {
   torch::stable::num_threads = threads;
-  const ScalarType type = kernel.compute == DType::f32 ? ScalarType::Float : ScalarType::BFloat16;
+  const bool single_bf16 = kernel.compute == DType::bf16 && kernel.parts == 1;
+  const ScalarType type = single_bf16 ? ScalarType::BFloat16 : ScalarType::Float;
   Tensor x({chain.n, chain.channels[0], chain.h, chain.w}, type, chain.channels_last);
   fill(x, 1);
   std::vector<Tensor> weights, affines;
@@ -83,7 +85,7 @@ int main(int argc, char** argv) {
   int failures = 0;
   for (const MicroKernel* kernel = microkernels_begin(); kernel != microkernels_end(); ++kernel) {
     try {
-      find_microkernel(kernel->name, kernel->compute, cpu_flags());
+      find_microkernel(kernel->name, kernel->compute, Precision::highest, cpu_flags());
     } catch (const std::exception& error) {
       std::printf("%-14s skipped: %s\n", kernel->name, error.what());
       continue;
