@@ -1,7 +1,7 @@
-"""ONNX Runtime and OpenVINO as contestants: the plain network as an ONNX graph, and what each of them needs to be fair.
+"""ONNX Runtime and OpenVINO as contestants: the plain network as an ONNX graph, and what each needs to be fair.
 
-Fair is: the same weights, the same number of threads, the precision that was asked for, and no instruction set above the
-cap. What cannot be had is a reason to stay away (:class:`vgg_fast.contest.Unsuitable`), never a silent difference.
+Fair is: the same weights, the same number of threads, the precision that was asked for, and no instruction set above
+the cap. What cannot be had is a reason to stay away (:class:`vgg_fast.contest.Unsuitable`), never a silent difference.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ def _primitives(compiled: Any) -> list[tuple[str, str, str]]:
 
 
 def openvino_objections(primitives: list[tuple[str, str, str]], precision: str, cap: str | None) -> Iterator[str]:
-    """What is unfair about the implementations that OpenVINO chose; it reports them, so nobody has to believe in a flag.
+    """What is unfair about the implementations that OpenVINO chose, as it reports them itself.
 
     Its oneDNN obeys ``ONEDNN_MAX_CPU_ISA``, its own kernels do not in all releases, and its copy of MLAS never does.
 

@@ -73,7 +73,7 @@ def _choices(text: str, known: tuple[str, ...], option: str) -> list[str]:
 
 def main(
     isa: Annotated[str, typer.Option(help="Cap every contestant alike: avx2, avx512 or amx.")] = "",
-    dtype: Annotated[str, typer.Option(help="fp32, high (fp32 at PyTorch's precision 'high'), bf16, fp16.")] = "fp32,bf16",
+    dtype: Annotated[str, typer.Option(help="fp32, high (fp32 at PyTorch's 'high'), bf16, fp16.")] = "fp32,bf16",
     batch: Annotated[str, typer.Option(help="Batch size, or several with commas.")] = "1",
     part: Annotated[str, typer.Option(help="features, model (with the dense layers), none.")] = "features",
     size: Annotated[int, typer.Option(min=32, help="Height and width of the images.")] = 224,

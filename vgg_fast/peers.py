@@ -32,7 +32,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # errors are equal up to chance, so that "no larger" cannot be asked of every image.
 ERROR_FACTOR = {torch.float32: 2.0, torch.bfloat16: 1.25, torch.float16: 1.25}
 
-# What fp32 may be off where the user has lowered PyTorch's float32 precision (torch.set_float32_matmul_precision): three
+# What fp32 may be off where the user has lowered PyTorch's precision of it (torch.set_float32_matmul_precision): three
 # bf16 products, or one, whose error through thirteen layers is that of bf16 activations and weights.
 LOWERED_ERROR = {"high": 3e-5, "medium": 2e-2}
 

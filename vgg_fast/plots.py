@@ -152,6 +152,7 @@ def scatter(rows: Sequence[Row]) -> str:
     columns = min(2, len(panels))
     lines = math.ceil(len(panels) / columns)
     figure, grid = pyplot.subplots(lines, columns, figsize=(8.6, 0.7 + 3.1 * lines), squeeze=False)
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
     cells = list(grid.flat)
     styles: dict[str, str] = {}
     faces = ["full", "none", "left", "top"]  # matplotlib's fill styles, in the order in which precisions appear

@@ -137,7 +137,7 @@ def _times(rows: Sequence[Row]) -> str:
         for row in group:
             mine = row["contestant"] == OURS
             kernel = f" <small>{escape(row['kernel'] or 'nothing fused')}</small>" if mine else ""
-            quartiles = f"{row['ratio_low']:.2f}&#8239;–&#8239;{row['ratio_high']:.2f}"
+            quartiles = f"{row['ratio_low']:.2f}&#8239;&ndash;&#8239;{row['ratio_high']:.2f}"
             cells = [f"{row['median_ms_per_image']:.2f}", f"{row['min_ms_per_image']:.2f}"]
             cells += ["", ""] if mine else [f"{row['ratio_of_ours']:.2f}", quartiles]
             error = f"{row['relative_error']:.1e}"
@@ -159,10 +159,10 @@ def _about_floor(ceilings: Ceilings | None) -> str:
         return "Each convolution of VGG16-BN at 224x224 with its batch-norm, ReLU and pool."
     peaks = ", ".join(f"{name} {gflops:,.0f} GFLOP/s" for name, gflops in ceilings.gflops.items())
     return (
-        f"Each convolution of VGG16-BN at 224x224 with its batch-norm, ReLU and pool. The line is the roofline: the larger "
-        f"of arithmetic and memory traffic at the ceilings {peaks}, {ceilings.gbytes:.1f} GB/s, {ceilings.how}. It is the "
-        "floor of direct convolution with its maps in memory: Winograd (fewer multiplications), AMX standing in for fp32 "
-        "and maps that stay in a cache may go below it."
+        f"Each convolution of VGG16-BN at 224x224 with its batch-norm, ReLU and pool. The line is the roofline: the "
+        f"larger of arithmetic and memory traffic at the ceilings {peaks}, {ceilings.gbytes:.1f} GB/s, {ceilings.how}. It "
+        "is the floor of direct convolution with its maps in memory at those ceilings: Winograd (fewer multiplications), AMX "
+        "standing in for fp32, maps that stay in a cache and a kernel better than torch.mm may go below it."
     )
 
 
@@ -188,7 +188,8 @@ def _left_out(results: Results) -> str:
     if not results.left_out:
         return ""
     lines = [[escape(plots.title(who)), escape(what), escape(why)] for who, what, why in results.left_out]
-    return f"<section class='text'><h2>Who was left out, and why</h2>{_table('', ('contestant', 'problem', 'reason'), lines)}</section>"
+    table = _table("", ("contestant", "problem", "reason"), lines)
+    return f'<section class="text"><h2>Who was left out, and why</h2>{table}</section>'
 
 
 def _machine(results: Results) -> str:
@@ -199,13 +200,13 @@ def _machine(results: Results) -> str:
     if results.command:
         facts["command"] = results.command
     lines = [[escape(str(k)), escape("none" if v is None else str(v))] for k, v in facts.items()]
-    return f"<section class='text'><h2>Machine and versions</h2>{_table('', ('what', 'value'), lines)}</section>"
+    return f'<section class="text"><h2>Machine and versions</h2>{_table("", ("what", "value"), lines)}</section>'
 
 
 # Colours after Okabe and Ito, darker on paper and lighter on black until each has a contrast of 3 against it.
 _STYLE = """
-:root { color-scheme: light dark; --paper: #ffffff; --text: #1b1f24; --dim: #57606a; --grid: #d0d7de; --ours-row: #fff3e6;
-  --bad: #b3261e; --c-eager: #6e7781; --c-last: #0072b2; --c-compile: #00855f; --c-ort: #a8588a; --c-ov: #8a7400;
+:root { color-scheme: light dark; --paper: #ffffff; --text: #1b1f24; --dim: #57606a; --grid: #d0d7de;
+  --ours-row: #fff3e6; --bad: #b3261e; --c-eager: #6e7781; --c-last: #0072b2; --c-compile: #00855f; --c-ort: #a8588a; --c-ov: #8a7400;
   --c-ours: #d04a00; --c-other: #4b5563; }
 @media (prefers-color-scheme: dark) { :root { --paper: #14171b; --text: #e6e9ed; --dim: #a3adb8; --grid: #3a424b;
   --ours-row: #3a2614; --bad: #ff8a80; --c-eager: #9aa4ae; --c-last: #56b4e9; --c-compile: #2fc79a; --c-ort: #e09cc5;
