@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m pytest benchmarks/bench_*.py`, and the comparison with other engines, `python -m benchmarks.peers`."""
+"""``python -m pytest benchmarks/bench_*.py``, and the comparison with other engines, ``python -m benchmarks.peers``."""

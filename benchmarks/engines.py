@@ -84,7 +84,8 @@ def to_onnx(network: nn.Sequential, x: Tensor) -> bytes:
     """
     from onnx import TensorProto, checker, helper, numpy_helper
 
-    nodes, constants = [], []
+    nodes: list[Any] = []
+    constants: list[Any] = []
     with torch.no_grad():
         y = x[:1]
         for i, layer in enumerate(_flat(network)):
@@ -101,11 +102,11 @@ def to_onnx(network: nn.Sequential, x: Tensor) -> bytes:
     if not nodes:
         raise Unsuitable("the network has no layers")
     nodes[-1].output[0] = "y"
-    ends = [
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, [len(x), *t.shape[1:]])]
+    first, last = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [len(x), *t.shape[1:]])
         for name, t in (("x", x), ("y", y))
-    ]
-    graph = helper.make_graph(nodes, "vgg", *ends, constants)
+    )
+    graph = helper.make_graph(nodes, "vgg", [first], [last], constants)
     # Opset 17 and IR 8 are what every runtime of the last years reads.
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     checker.check_model(model)
@@ -126,7 +127,7 @@ def _node(layer: nn.Module, x: Tensor) -> tuple[str | None, list[Tensor], dict[s
         tensors = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
         attributes = {"pads": [*layer.padding] * 2, "strides": [*layer.stride], "dilations": [*layer.dilation]}
         return "Conv", tensors, attributes
-    if isinstance(layer, nn.BatchNorm2d):
+    if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None and layer.running_var is not None:
         tensors = [layer.weight, layer.bias, layer.running_mean, layer.running_var]
         return "BatchNormalization", tensors, {"epsilon": layer.eps}
     if isinstance(layer, nn.ReLU):

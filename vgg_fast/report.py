@@ -159,10 +159,10 @@ def _about_floor(ceilings: Ceilings | None) -> str:
         return "Each convolution of VGG16-BN at 224x224 with its batch-norm, ReLU and pool."
     peaks = ", ".join(f"{name} {gflops:,.0f} GFLOP/s" for name, gflops in ceilings.gflops.items())
     return (
-        f"Each convolution of VGG16-BN at 224x224 with its batch-norm, ReLU and pool. The line is the roofline: the "
-        f"larger of arithmetic and memory traffic at the ceilings {peaks}, {ceilings.gbytes:.1f} GB/s, {ceilings.how}. It "
-        "is the floor of direct convolution with its maps in memory at those ceilings: Winograd (fewer multiplications), AMX "
-        "standing in for fp32, maps that stay in a cache and a kernel better than torch.mm may go below it."
+        "Each convolution of VGG16-BN at 224x224 with its batch-norm, ReLU and pool. The line is the roofline: the larger "
+        f"of arithmetic and memory traffic at the ceilings {peaks}, {ceilings.gbytes:.1f} GB/s, {ceilings.how}. It is "
+        "the floor of direct convolution with its maps in memory at those ceilings: Winograd (fewer multiplications), "
+        "AMX standing in for fp32, maps that stay in a cache and a kernel better than torch.mm may go below it."
     )
 
 
@@ -206,8 +206,8 @@ def _machine(results: Results) -> str:
 # Colours after Okabe and Ito, darker on paper and lighter on black until each has a contrast of 3 against it.
 _STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --text: #1b1f24; --dim: #57606a; --grid: #d0d7de;
-  --ours-row: #fff3e6; --bad: #b3261e; --c-eager: #6e7781; --c-last: #0072b2; --c-compile: #00855f; --c-ort: #a8588a; --c-ov: #8a7400;
-  --c-ours: #d04a00; --c-other: #4b5563; }
+  --ours-row: #fff3e6; --bad: #b3261e; --c-eager: #6e7781; --c-last: #0072b2; --c-compile: #00855f;
+  --c-ort: #a8588a; --c-ov: #8a7400; --c-ours: #d04a00; --c-other: #4b5563; }
 @media (prefers-color-scheme: dark) { :root { --paper: #14171b; --text: #e6e9ed; --dim: #a3adb8; --grid: #3a424b;
   --ours-row: #3a2614; --bad: #ff8a80; --c-eager: #9aa4ae; --c-last: #56b4e9; --c-compile: #2fc79a; --c-ort: #e09cc5;
   --c-ov: #e0d040; --c-ours: #ff8a3d; --c-other: #b0bac5; } }

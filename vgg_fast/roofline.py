@@ -76,7 +76,7 @@ def measure_ceilings(size: int = 2048, copied_mb: int = 512, repeats: int = 5) -
     threads = torch.get_num_threads()
     how = (
         f"measured in this run with {threads} thread{'s' if threads > 1 else ''}: torch.mm of square random matrices "
-        f"of {', '.join(map(str, sides))}, and a copy of {copied_mb} MB (bytes read plus bytes written); best of {repeats}"
+        f"of {', '.join(map(str, sides))}, and a copy of {copied_mb} MB (read plus written bytes); best of {repeats}"
     )
     return Ceilings(gflops, 2e-3 * copied_mb / seconds, how)
 
