@@ -180,7 +180,8 @@ def openvino_call(network: nn.Sequential, x: Tensor, threads: int, cap: str | No
     """``network`` on ``x`` in OpenVINO's CPU plugin, in one stream; input and output are float32 numbers.
 
     Raises:
-        Unsuitable: not installed; or what it compiled to runs in another precision or above the cap.
+        Unsuitable: not installed; or what it compiled to runs in another precision, with another number of threads or
+            above the cap.
     """
     _require("onnx", "openvino")
     precision = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}.get(x.dtype)
@@ -196,6 +197,8 @@ def openvino_call(network: nn.Sequential, x: Tensor, threads: int, cap: str | No
         "PERFORMANCE_HINT": "LATENCY",
     }
     compiled = core.compile_model(core.read_model(to_onnx(network, x), b""), "CPU", settings)
+    if (actual := compiled.get_property("INFERENCE_NUM_THREADS")) != threads:
+        raise Unsuitable(f"it takes {actual} threads, not {threads}")
     for reason in openvino_objections(_primitives(compiled), precision, cap):
         raise Unsuitable(reason)
     request = compiled.create_infer_request()

@@ -63,13 +63,15 @@ def measure_ceilings(size: int = 2048, copied_mb: int = 512, repeats: int = 5) -
     sides = sorted({min(size, 512), size, size * 3 // 2})
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         # Random, as the clock follows the power and zeros draw little. Small first: some processors only emulate bf16.
+        seconds, before = 0.0, sides[0]
         for side in sides:
+            if seconds * (side / before) ** 3 > 1:
+                break
+            before = side
             a, b = (torch.randn(side, side).to(dtype) for _ in range(2))
             out = torch.empty(side, side, dtype=dtype)
             seconds = _fastest(partial(torch.mm, a, b, out=out), repeats)
             gflops[name] = max(gflops.get(name, 0.0), 2e-9 * side**3 / seconds)
-            if seconds > 0.5:
-                break
     source = torch.ones(copied_mb * 250_000)
     target = torch.empty_like(source)
     seconds = _fastest(lambda: target.copy_(source), repeats)
