@@ -162,8 +162,8 @@ def _about_floor(ceilings: Ceilings | None) -> str:
         "Each convolution of VGG16-BN at 224x224 with its batch-norm, ReLU and pool. The line is the roofline: the "
         f"larger of arithmetic and memory traffic at the ceilings {peaks}, {ceilings.gbytes:.1f} GB/s, {ceilings.how}. "
         "It is the floor of direct convolution with its maps in memory at those ceilings: Winograd (fewer "
-        "multiplications), AMX standing in for fp32, maps that stay in a cache and a kernel better than torch.mm may go "
-        "below it."
+        "multiplications), AMX standing in for fp32, maps that stay in a cache and a kernel better than torch.mm may "
+        "go below it."
     )
 
 
