@@ -93,20 +93,26 @@ def main(
     if not all(b.strip().isdigit() and int(b) for b in batch.split(",")):
         raise typer.BadParameter(f"whole numbers from 1, separated by commas, not {batch!r}", param_hint="--batch")
     batches = [int(b) for b in batch.split(",")]
-    if isa:
-        _choices(isa, CAPS, "--isa")
-        _cap(isa)
+    _cap(_choices(isa, CAPS, "--isa")[0] if isa else None)
     kinds = {"features": "features" in parts, "model": "model" in parts}
     kinds |= {"perceptual": perceptual, "train": train, "layers": layers}
     _run(names, batches, size, kinds, compile, threads, rounds, budget, isa or None, csv, report)
 
 
-def _cap(isa: str) -> None:
+def _cap(isa: str | None) -> None:
     """Starts over with the cap in the environment: the libraries read it while they are loaded."""
     from benchmarks.engines import CAPS as environments
 
-    wanted = environments[isa]
-    if any(os.environ.get(key) != value for key, value in wanted.items()):
+    known = {key for environment in environments.values() for key in environment}
+    present = {key: os.environ[key] for key in known if key in os.environ}
+    wanted = environments[isa] if isa else {}
+    if not isa and present:
+        raise typer.BadParameter(
+            f"{', '.join(sorted(present))} in the environment would cap some of the contestants: unset, or use --isa"
+        )
+    if present != wanted:
+        for key in present:
+            del os.environ[key]
         os.environ.update(wanted)
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, "-m", "benchmarks.peers", *sys.argv[1:]])

@@ -277,6 +277,12 @@ def test_bad_options_are_named(arguments, message):
     assert message in run(*arguments, code=2)
 
 
+def test_a_cap_on_some_of_them_only_is_refused():
+    message = run("--size", 32, code=2, ONEDNN_MAX_CPU_ISA="AVX2")
+    assert "ONEDNN_MAX_CPU_ISA" in message
+    assert "--isa" in message
+
+
 def test_the_command_knows_all_caps_and_precisions():
     assert tuple(engines.CAPS) == command.CAPS
     kinds = dict.fromkeys(("features", "model", "perceptual", "train", "layers"), False) | {"features": True}
