@@ -90,7 +90,8 @@ def page(results: Results) -> str:
 def _head(results: Results) -> str:
     here = results.machine
     cap = f", capped to {here['isa_cap']}" if here.get("isa_cap") else ""
-    summary = f"{here['cpu']}, {here['threads']} threads{cap}, PyTorch {here['torch']}, vgg-fast {here['vgg_fast']}"
+    threads = f"{here['threads']} thread{'' if here['threads'] == 1 else 's'}"
+    summary = f"{here['cpu']}, {threads}{cap}, PyTorch {here['torch']}, vgg-fast {here['vgg_fast']}"
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -222,6 +223,7 @@ figure { margin: 0 0 1.25rem; }
 figcaption { color: var(--dim); font-size: .875rem; max-width: 46rem; }
 .wide { overflow-x: auto; }
 .wide:focus-visible { outline: 2px solid var(--c-last); }
+svg text { paint-order: stroke; stroke: var(--paper); stroke-width: 3px; stroke-linejoin: round; }
 svg { display: block; width: 100%; min-width: 40rem; height: auto; }
 table { border-collapse: collapse; font-size: .875rem; width: 100%; font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-weight: 600; padding: .25rem 0; }
@@ -229,9 +231,10 @@ caption:empty { display: none; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--grid); text-align: right; vertical-align: top; }
 thead th { border-bottom: 2px solid var(--dim); vertical-align: bottom; }
 th[scope=row], td:nth-child(2), th:nth-child(1), th:nth-child(2) { text-align: left; }
-th[scope=row] { font-weight: 400; white-space: nowrap; }
+th[scope=row] { font-weight: 400; }
+th[scope=row], td { white-space: nowrap; }
 tr.ours { background: var(--ours-row); font-weight: 600; }
-.text td { text-align: left; overflow-wrap: anywhere; }
+.text td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 .text thead th { text-align: left; }
 small { color: var(--dim); font-weight: 400; }
 .bad { color: var(--bad); }
