@@ -129,7 +129,7 @@ def sources(*patterns: str) -> list[str]:
 EXTRAS = {
     "triton": ["triton>=3.4"],
     "keras": ["h5py>=3.10"],
-    "peers": ["openvino", "onnx", "onnxruntime", "torchvision"],
+    "peers": ["matplotlib>=3.8", "openvino", "onnx", "onnxruntime", "torchvision"],
 }
 
 setup(

@@ -23,7 +23,8 @@ LAYERS = [
     {"ops"},
     {"chains", "packs", "sequential", "accelerate", "explain"},
     {"models", "summary", "weights", "keras_files", "convert"},
-    {"verify", "measure", "peers", "contest"},
+    {"verify", "measure", "peers", "contest", "roofline"},
+    {"plots", "report"},
     {"cli"},
 ]
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -5,8 +5,9 @@ Shared by ``vgg-fast bench`` and benchmarks/, so that a number in a terminal and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +22,17 @@ class Disagreement(Exception):
     """Our answer is off by more than it may be, so there is nothing to time."""
 
 
+class Unsuitable(Exception):
+    """Why a contestant cannot take part in this contest."""
+
+
+# (plain network, input) -> the call to be timed, for a contestant that is not PyTorch; or it raises Unsuitable.
+Engine = Callable[[nn.Sequential, Tensor], Callable[[], Tensor]]
+
+# A peer whose error is more than this many times eager PyTorch's computes something else, and may not set the pace.
+PEER_ERROR_FACTOR = 4.0
+
+
 @dataclass(frozen=True)
 class Contest:
     """A problem with its contestants, whose answers have been checked.
@@ -33,15 +45,21 @@ class Contest:
         errors: contestant -> relative error against float64.
         agreement: ours judged by PyTorch's own.
         kernels: that our contestant runs; empty if nothing was fused.
+        left_out: contestant -> why it does not take part.
+        gflop: of one image, the operations of direct convolution; None where nobody counted them.
+        megabytes: of one image: input, output and its share of the weights; None as above.
     """
 
     name: str
     dtype: torch.dtype
     batch: int
-    calls: dict[str, Callable[[], Tensor]]
+    calls: Mapping[str, Callable[[], object]]
     errors: dict[str, float]
     agreement: Agreement
     kernels: tuple[str, ...]
+    left_out: dict[str, str] = field(default_factory=dict)
+    gflop: float | None = None
+    megabytes: float | None = None
 
     def time(
         self, rounds: int = 10, budget_s: float = 20.0, on_round: Callable[[], None] | None = None
@@ -51,11 +69,16 @@ class Contest:
         return {name: Timing(tuple(ms / self.batch for ms in t.milliseconds)) for name, t in timings.items()}
 
     def rows(self, timings: dict[str, Timing]) -> list[dict[str, Any]]:
-        """One row per contestant for JSON and CSV; ``ratio_to_best_peer`` on ours alone."""
+        """One row per contestant for JSON, CSV and the report; ``ratio_to_best_peer`` on ours alone.
+
+        ``ratio_of_ours`` and its quartiles are taken round by round (our time over this contestant's in the same
+        round), so that what disturbs the machine for a while cancels out.
+        """
         return [
             {
                 "problem": self.name,
                 "dtype": str(self.dtype).removeprefix("torch."),
+                "precision": precision_name(self.dtype),
                 "batch": self.batch,
                 "contestant": name,
                 "kernel": " ".join(self.kernels) if name == OURS else "",
@@ -63,19 +86,43 @@ class Contest:
                 "min_ms_per_image": round(timing.minimum, 4),
                 "rounds": len(timing.milliseconds),
                 "ratio_to_best_peer": round(measure.ratio_to_best(timings, OURS), 4) if name == OURS else None,
+                **_ratios(timings[OURS], timing),
                 "relative_error": self.errors[name],
+                "gflop_per_image": self.gflop,
+                "megabytes_per_image": self.megabytes,
             }
             for name, timing in timings.items()
         ]
 
 
-def layer(which: Layer, dtype: torch.dtype, batch: int = 1, **options: Any) -> Contest:
+def precision_name(dtype: torch.dtype) -> str:
+    """``fp32``, ``bf16``, ``fp16``; ``fp32 high`` where PyTorch's float32 precision has been lowered to that.
+
+    Example:
+        >>> precision_name(torch.bfloat16)
+        'bf16'
+    """
+    short = next((name for name, value in peers.DTYPES.items() if value is dtype), str(dtype))
+    setting = torch.get_float32_matmul_precision()
+    return f"{short} {setting}" if dtype == torch.float32 and setting != "highest" else short
+
+
+def _ratios(ours: Timing, theirs: Timing) -> dict[str, float]:
+    ratios = [a / b for a, b in zip(ours.milliseconds, theirs.milliseconds, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+    return {"ratio_of_ours": round(middle, 4), "ratio_low": round(low, 4), "ratio_high": round(high, 4)}
+
+
+def layer(
+    which: Layer, dtype: torch.dtype, batch: int = 1, engines: Mapping[str, Engine] | None = None, **options: Any
+) -> Contest:
     """A contest over one convolution with its batch-norm, ReLU and perhaps pool.
 
     Args:
         which: of :data:`vgg_fast.peers.LAYERS`, or any other.
         dtype: of weights and input.
         batch: images.
+        engines: contestants that are not PyTorch, by name.
         options: of :func:`vgg_fast.peers.contestants`.
 
     Raises:
@@ -93,7 +140,8 @@ def layer(which: Layer, dtype: torch.dtype, batch: int = 1, **options: Any) -> C
     peers.calibrate(model, x[:1])
     model, x = model.to(dtype), x.to(dtype)
     name = f"{which.name}+pool" if which.pool else which.name
-    contest, answer, exact = _contest(name, model, x, options)
+    contest, answer, exact = _contest(name, model, x, engines, options)
+    contest = replace(contest, gflop=which.gflop, megabytes=_megabytes(which, dtype, batch))
     try:
         bound = _bound(model, x[_ends(batch)], which.pool, contest.kernels)
         testing.assert_within(answer, exact, bound, f"{name} {dtype}")
@@ -102,37 +150,64 @@ def layer(which: Layer, dtype: torch.dtype, batch: int = 1, **options: Any) -> C
     return contest
 
 
-def features(dtype: torch.dtype, batch: int = 1, size: int = 224, **options: Any) -> Contest:
+def features(
+    dtype: torch.dtype,
+    batch: int = 1,
+    size: int = 224,
+    engines: Mapping[str, Engine] | None = None,
+    **options: Any,
+) -> Contest:
     """A contest over the convolutional part of VGG16-BN; arguments as :func:`layer`.
 
     Raises:
         Disagreement: our error is larger than the precision ladder allows.
     """
-    return _network(peers.plain_features(), f"features {size}", dtype, batch, size, options)
+    return _network(peers.plain_features(), f"features {size}", dtype, batch, size, engines, options)
 
 
-def model(dtype: torch.dtype, batch: int = 1, size: int = 224, **options: Any) -> Contest:
+def model(
+    dtype: torch.dtype,
+    batch: int = 1,
+    size: int = 224,
+    engines: Mapping[str, Engine] | None = None,
+    **options: Any,
+) -> Contest:
     """A contest over all of VGG16-BN, its dense layers included; arguments as :func:`layer`.
 
     Raises:
         Disagreement: our error is larger than the precision ladder allows.
     """
-    return _network(peers.plain_vgg16_bn(), f"model {size}", dtype, batch, size, options)
+    return _network(peers.plain_vgg16_bn(), f"model {size}", dtype, batch, size, engines, options)
 
 
 def _network(
-    network: nn.Sequential, name: str, dtype: torch.dtype, batch: int, size: int, options: dict[str, Any]
+    network: nn.Sequential,
+    name: str,
+    dtype: torch.dtype,
+    batch: int,
+    size: int,
+    engines: Mapping[str, Engine] | None,
+    options: dict[str, Any],
 ) -> Contest:
     x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
     convolutions = network.get_submodule("features") if hasattr(network, "features") else network
     peers.calibrate(convolutions, x[:1])
-    return _contest(name, network.to(dtype), x.to(dtype), options)[0]
+    return _contest(name, network.to(dtype), x.to(dtype), engines, options)[0]
 
 
-def _contest(name: str, network: nn.Sequential, x: Tensor, options: dict[str, Any]) -> tuple[Contest, Tensor, Tensor]:
+def _contest(
+    name: str, network: nn.Sequential, x: Tensor, engines: Mapping[str, Engine] | None, options: dict[str, Any]
+) -> tuple[Contest, Tensor, Tensor]:
     """The contest, and for the first and last image our answer and the exact one."""
     contestants: dict[str, Contestant] = peers.contestants(network, **options)
     calls = {key: contestant.on(x) for key, contestant in contestants.items()}
+    left_out = {}
+    for key, engine in (engines or {}).items():
+        try:
+            calls[key] = engine(network, x)
+        except Unsuitable as reason:
+            left_out[key] = str(reason)
+    calls[OURS] = calls.pop(OURS)  # last, as in every table
     # Both ends of the batch: float64 takes seconds per image, and position in a batch is what could go wrong.
     ends = _ends(len(x))
     exact = peers.in_float64(network, x[ends])
@@ -144,8 +219,19 @@ def _contest(name: str, network: nn.Sequential, x: Tensor, options: dict[str, An
             f"(PyTorch's own is {agreement.pytorch:.2e})"
         )
     errors = {key: testing.relative_error(answer, exact) for key, answer in answers.items()}
+    for key in [key for key in calls if key not in (EAGER, CHANNELS_LAST, OURS)]:
+        if not errors[key] <= PEER_ERROR_FACTOR * agreement.pytorch:  # also NaN
+            left_out[key] = f"wrong answer: relative error {errors.pop(key):.2e}, eager's is {agreement.pytorch:.2e}"
+            del calls[key]
     kernels = peers.kernels_used(contestants[OURS].module, x[:1])
-    return Contest(name, x.dtype, len(x), calls, errors, agreement, kernels), answers[OURS], exact
+    contest = Contest(name, x.dtype, len(x), calls, errors, agreement, kernels, left_out)
+    return contest, answers[OURS], exact
+
+
+def _megabytes(which: Layer, dtype: torch.dtype, batch: int) -> float:
+    out = which.cout * which.size**2 / (4 if which.pool else 1)
+    numbers = which.cin * which.size**2 + out + 9 * which.cin * which.cout / batch
+    return numbers * dtype.itemsize / 1e6
 
 
 def _ends(batch: int) -> list[int]:

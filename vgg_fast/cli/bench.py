@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -11,7 +13,8 @@ import torch
 import typer
 from rich.table import Table
 
-from vgg_fast import contest, measure, peers
+from vgg_fast import contest, measure, peers, plots, roofline
+from vgg_fast import report as html_report
 from vgg_fast.accelerate import accelerate
 from vgg_fast.cli._ui import (
     FAILED,
@@ -83,19 +86,25 @@ def bench(
     backend: Annotated[str, typer.Option(help="auto, or the backend or kernel that has to run.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
     csv: Annotated[Path | None, typer.Option(help="Also write a CSV with machine, versions and commit.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Also write an HTML report with plots, all in one file.")] = None,
 ) -> None:
     """VGG16-BN features: PyTorch eager, channels_last, torch.compile and vgg-fast in turns, answers checked first."""
     check_isa()
     check_size(size)
     dtypes, batches = parse_dtypes(dtype), parse_positive(batch, "--batch")
-    if csv is not None:
-        with user_errors(OSError):  # now, and not after minutes of measuring
-            csv.open("a").close()
+    if report is not None:
+        with user_errors(plots.PlotsUnavailable):
+            plots.require()
+    for file in (csv, report):
+        if file is not None:
+            with user_errors(OSError):  # now, and not after minutes of measuring
+                file.open("a").close()
     check_backend(backend, dtypes)
     options = {"compiled": compile, "accelerator": partial(accelerate, backend=backend)}
     todo = list(contests(dtypes, batches, size, layers, options))
     rows: list[dict[str, Any]] = []
     failures = []
+    ceilings = roofline.measure_ceilings() if report is not None else None
     with progress("bench", len(todo) * (rounds + 2)) as bar:
         for number, (what, make) in enumerate(todo):
             bar.say(f"{what}: checking{' and compiling' if compile else ''}")
@@ -110,6 +119,11 @@ def bench(
     if csv is not None:
         with user_errors(OSError):
             measure.write_csv(csv, rows)
+    if report is not None:
+        command_line = shlex.join(["vgg-fast", *sys.argv[1:]])
+        results = html_report.Results(rows, measure.machine(), ceilings, failures=failures, command=command_line)
+        with user_errors(OSError):
+            html_report.write(report, results)
     if json:
         print_json({"rows": rows, "failures": failures, "machine": measure.machine()})
     else:
