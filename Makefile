@@ -16,13 +16,13 @@ test: $(VENV)/.installed
 # the tests that call it most directly; then csrc/cpu under ThreadSanitizer (its tests are in test_sanitize.py). The other
 # tests add Python around the same calls, and processes that do not inherit the sanitizer. Needs gcc's sanitizers.
 SANITIZED := $(addprefix tests/test_,sanitize.py guard_pages.py conv3x3.py winograd.py ops.py denormals.py properties.py sizes.py concurrency.py)
+# For these two commands only: exported to the target, it would also reach the ordinary installation it depends on.
+SANITIZE := VGG_FAST_SANITIZE=address,undefined VGG_FAST_CUDA=0
 SANITIZER = $(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))
-sanitize: export VGG_FAST_SANITIZE := address,undefined
-sanitize: export VGG_FAST_CUDA := 0
 sanitize: $(VENV)/.installed
 	rm -rf build/sanitize/lib
-	$(BIN)/python setup.py --quiet build --build-base build/sanitize --build-lib build/sanitize/lib
-	LD_PRELOAD="$(SANITIZER)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	$(SANITIZE) $(BIN)/python setup.py --quiet build --build-base build/sanitize --build-lib build/sanitize/lib
+	$(SANITIZE) LD_PRELOAD="$(SANITIZER)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		PYTHONPATH=$(CURDIR)/build/sanitize/lib $(BIN)/pytest -o pythonpath= $(SANITIZED)
 
 lint: $(VENV)/.installed
