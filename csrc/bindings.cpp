@@ -52,6 +52,7 @@ STABLE_TORCH_LIBRARY_IMPL(vgg_fast, CPU, m) {
   m.impl("maxpool2x2", TORCH_BOX(&vgg_fast::maxpool2x2_cpu));
   m.impl("pack", TORCH_BOX(&vgg_fast::pack_cpu));
   m.impl("conv_stack", TORCH_BOX(&vgg_fast::conv_stack_cpu));
+  m.impl("conv_stack_taps", TORCH_BOX(&vgg_fast::conv_stack_taps_cpu));
   m.impl("fingerprint", TORCH_BOX(&vgg_fast::fingerprint_cpu));
 }
 

@@ -27,6 +27,10 @@ std::tuple<Tensor, Tensor> pack_cpu(const Tensor& weight, const std::optional<Te
                                     double bn_eps, const std::string& kernel);
 Tensor conv_stack_cpu(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& affines,
                       const std::vector<int64_t>& program, const std::string& kernel, bool channels_last);
+// The same with taps: those of the layers that have one, in order, and the last layer's result.
+std::vector<Tensor> conv_stack_taps_cpu(const Tensor& x, const std::vector<Tensor>& weights,
+                                        const std::vector<Tensor>& affines, const std::vector<int64_t>& program,
+                                        const std::string& kernel, bool channels_last);
 int64_t fingerprint_cpu(const std::vector<Tensor>& tensors);
 
 // The dtype, or an error that names `what` and the dtypes there are.
