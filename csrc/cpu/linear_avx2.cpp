@@ -21,7 +21,13 @@ struct Avx2 {
   VGG_TARGET static Vec load(const float* p) { return _mm256_loadu_ps(p); }
   VGG_TARGET static void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
   VGG_TARGET static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+  VGG_TARGET static void in_register(Vec& v) { asm("" : "+x"(v)); }
   VGG_TARGET static Vec multiply_add(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+  VGG_TARGET static float sum(Vec v) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+  }
   template <WeightFormat kFormat>
   VGG_TARGET static Vec weights(const char* p) {
     if constexpr (kFormat == WeightFormat::f32) {

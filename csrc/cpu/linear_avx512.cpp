@@ -22,7 +22,9 @@ struct Avx512 {
   VGG_TARGET static Vec load(const float* p) { return _mm512_loadu_ps(p); }
   VGG_TARGET static void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
   VGG_TARGET static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+  VGG_TARGET static void in_register(Vec& v) { asm("" : "+v"(v)); }
   VGG_TARGET static Vec multiply_add(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+  VGG_TARGET static float sum(Vec v) { return _mm512_reduce_add_ps(v); }
   template <WeightFormat kFormat>
   VGG_TARGET static Vec weights(const char* p) {
     if constexpr (kFormat == WeightFormat::f32) {

@@ -18,7 +18,14 @@ struct Portable {
   static Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
   static void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
   static Vec add(Vec a, Vec b) { return a + b; }
+  static void in_register(Vec&) {}
   static Vec multiply_add(Vec a, Vec b, Vec c) { return a * b + c; }
+  static float sum(Vec v) {
+    for (int half = kLanes / 2; half > 0; half /= 2) {
+      for (int lane = 0; lane < half; ++lane) v[lane] += v[lane + half];
+    }
+    return v[0];
+  }
   template <WeightFormat kFormat>
   static Vec weights(const char* p) {
     Vec v;
