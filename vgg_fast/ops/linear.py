@@ -2,10 +2,11 @@
 
     y = relu(x @ weight.T + bias)
 
-x ``[..., in]``, weight ``[out, in]``, bias ``[out]``; fp32, bf16 or fp16, all of one dtype; y ``[..., out]``, contiguous.
-Kernels read PyTorch's own weights. Two of them take fp32 tensors at less precision, and weights as ``linear_pack(weight,
-kernel)`` makes them: ``avx512_f24`` with the upper 24 bits of each, ``amx_bf16`` rounded to bf16. ``kernel`` is ``auto`` or
-the name of a kernel, which then runs or raises RuntimeError. For inference: it has no gradient.
+x ``[..., in]``, weight ``[out, in]``, bias ``[out]``; fp32, bf16 or fp16, all of one dtype; y ``[..., out]``, dense.
+Kernels read PyTorch's own weights. Two of them take fp32 tensors at less precision, and weights as
+``linear_pack(weight, kernel)`` makes them: ``avx512_f24`` with the upper 24 bits of each, ``amx_bf16`` rounded to bf16.
+``kernel`` is ``auto`` or the name of a kernel, which then runs or raises RuntimeError. For inference: it has no
+gradient.
 """
 
 from __future__ import annotations
@@ -27,9 +28,7 @@ F24 = "avx512_f24"  # the one kernel whose packed weights have a layout of their
 
 
 @register_fake("vgg_fast::linear")
-def _fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False, kernel: str = "auto"
-) -> Tensor:
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False, kernel: str = "auto") -> Tensor:
     torch._check(x.dim() >= 1, lambda: "linear: x must be [..., in], got a scalar")
     columns = -(-x.shape[-1] // 16) * 48 if kernel == F24 else x.shape[-1]
     torch._check(
@@ -47,9 +46,7 @@ def _fake_pack(weight: Tensor, kernel: str) -> Tensor:
     return weight.new_empty(weight.shape, dtype=torch.bfloat16)
 
 
-def _python(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False, kernel: str = "auto"
-) -> Tensor:
+def _python(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False, kernel: str = "auto") -> Tensor:
     if kernel not in ("auto", selection.REFERENCE):
         raise RuntimeError(f"linear kernel {kernel!r} cannot run on {x.device.type} here; take 'auto' or 'reference'")
     return reference.linear(x, weight, bias, relu)
