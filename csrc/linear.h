@@ -13,7 +13,7 @@
 
 namespace vgg_fast {
 
-// f24: an fp32 value rounded to its upper 24 bits (off by 2^-17 of it at most), 3 bytes each, rows padded to 16 values.
+// f24: an fp32 value rounded to its upper 24 bits (off by 2^-16 of it at most), 3 bytes each, rows padded to 16 values.
 enum class WeightFormat { f32, bf16, f16, f24 };
 
 constexpr int64_t kRowValues = 16;  // what rows of f24 weights and of inputs are padded to

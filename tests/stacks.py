@@ -7,7 +7,12 @@ bit for bit: |x| <= 4, |w| <= 1, scales of 1/2 and 1, at most 72 products in a s
 from __future__ import annotations
 
 import copy
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +21,7 @@ from vgg_fast.accelerate import accelerate
 from vgg_fast.sequential import Segment, record
 
 CPU = torch.device("cpu")
+T = TypeVar("T")
 EPS = 2.0**-10  # training wants one above 0; 4 - EPS + EPS is exact
 
 
@@ -24,6 +30,28 @@ def kernel(dtype: torch.dtype = torch.float32) -> str:
     name = selection.choose(dtype, CPU)
     assert name != selection.REFERENCE, selection.why_reference(dtype, CPU)
     return name
+
+
+def runnable(kernel: str) -> torch.dtype:
+    """The kernel's own dtype, or a skip that says what this machine lacks."""
+    dtype = torch.bfloat16 if kernel.endswith("bf16") else torch.float32
+    try:
+        selection.select(selection.problem_on(dtype, CPU), kernel)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    return dtype
+
+
+def at_once(*calls: Callable[[], T]) -> list[T]:
+    """The results of these calls, each in a thread of its own, all starting at the same moment."""
+    barrier = threading.Barrier(len(calls))
+
+    def wait_and_call(call: Callable[[], T]) -> T:
+        barrier.wait()
+        return call()
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return [f.result(timeout=60) for f in [pool.submit(wait_and_call, call) for call in calls]]
 
 
 def direct_kernel() -> str:

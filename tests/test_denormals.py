@@ -8,22 +8,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from stacks import runnable
 
 from vgg_fast import reference, selection, testing
 
 ops = torch.ops.vgg_fast
 KERNELS = selection.cpu_kernels()
 FP16_KERNELS = [kernel for kernel in KERNELS if not kernel.endswith("bf16") and "winograd" not in kernel]
-
-
-def runnable(kernel: str) -> torch.dtype:
-    """The kernel's own dtype, or a skip that says what this machine lacks."""
-    dtype = torch.bfloat16 if kernel.endswith("bf16") else torch.float32
-    try:
-        selection.select(selection.problem_on(dtype, torch.device("cpu")), kernel)
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    return dtype
 
 
 def ratios(calls: dict[str, tuple[Callable[[], object], Callable[[], object]]]) -> dict[str, float]:
