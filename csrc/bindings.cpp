@@ -67,6 +67,7 @@ STABLE_TORCH_LIBRARY_IMPL(vgg_fast, CPU, m) {
   m.impl("conv_stack", TORCH_BOX(&vgg_fast::conv_stack_cpu));
   m.impl("linear", TORCH_BOX(&vgg_fast::linear_cpu));
   m.impl("linear_pack", TORCH_BOX(&vgg_fast::linear_pack_cpu));
+  m.impl("conv_stack_taps", TORCH_BOX(&vgg_fast::conv_stack_taps_cpu));
   m.impl("fingerprint", TORCH_BOX(&vgg_fast::fingerprint_cpu));
 }
 

@@ -90,6 +90,7 @@ INTRINSICS = {"immintrin.h"}
 TORCH_FACING = {"bindings.cpp", "torch_cpu.h", "conv3x3.cpp", "conv_stack.cpp", "pack.cpp", "maxpool2x2.cpp"} | {
     "fingerprint.cpp",
     "linear.cpp",
+    "stack.cpp",
 }
 CPU = [ROOT / "csrc/bindings.cpp", ROOT / "csrc/conv3x3.h", *sorted((ROOT / "csrc/cpu").iterdir())]
 
