@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -52,6 +53,24 @@ def at_once(*calls: Callable[[], T]) -> list[T]:
 
     with ThreadPoolExecutor(len(calls)) as pool:
         return [f.result(timeout=60) for f in [pool.submit(wait_and_call, call) for call in calls]]
+
+
+def ratios(calls: dict[str, tuple[Callable[[], object], Callable[[], object]]]) -> dict[str, float]:
+    """How much longer the first call of each pair takes than the second, by the least time of each.
+
+    All calls take turns, for as many rounds as a busy machine needs: noise only ever adds to a time, so more rounds
+    bring a ratio of 1 closer to 1, while a ratio of 100 stays what it is.
+    """
+    best = {name: [float("inf")] * 2 for name in calls}
+    for _ in range(300):
+        for name, pair in calls.items():
+            for i, call in enumerate(pair):
+                start = time.perf_counter()
+                call()
+                best[name][i] = min(best[name][i], time.perf_counter() - start)
+        if all(denormal < 1.2 * normal for denormal, normal in best.values()):
+            break
+    return {name: denormal / normal for name, (denormal, normal) in best.items()}
 
 
 def direct_kernel() -> str:

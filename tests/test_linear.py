@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from stacks import CPU
+from stacks import CPU, ratios
 
 from vgg_fast import reference, selection, testing
 
@@ -119,6 +119,22 @@ def test_infinities_and_nan_go_through_as_in_pytorch(kernel):
             expected = reference.linear(x.double(), weight.double(), None, relu).to(dtype)
             y = ops.linear(x, weights_for(kernel, weight), None, relu, kernel)
             assert torch.equal(y.nan_to_num(nan=77.0), expected.nan_to_num(nan=77.0)), dtype
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_denormals_cost_no_time(kernel):
+    """As test_denormals.py has it of convolutions."""
+    dtype = dtypes_of(kernel)[0]
+    torch.set_num_threads(1)
+    x, weight = testing.random_tensor(1, 512), testing.random_tensor(256, 512, seed=1)
+    pairs = {}
+    for name, of_x, of_weight in (("weights", 1.0, 1e-38), ("inputs", 1e-39, 1.0), ("products", 1e-20, 1e-19)):
+        operands = [
+            ((x * a).to(dtype), weights_for(kernel, (weight * b).to(dtype))) for a, b in ((of_x, of_weight), (1, 1))
+        ]
+        pairs[name] = tuple(lambda a=a, b=b: ops.linear(a, b, None, False, kernel) for a, b in operands)
+    found = ratios(pairs)
+    assert max(found.values()) < 1.5, found
 
 
 def test_packed_weights_hold_what_they_promise():
