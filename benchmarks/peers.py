@@ -52,7 +52,7 @@ def problems(
             where = f"{name}, batch {batch}"
             for part in ("features", "model"):
                 if kinds[part]:
-                    make = partial(getattr(contest, part), dtype, batch, size, engines(), **options)
+                    make = partial(getattr(contest, part), dtype, batch, size, engines=engines(), **options)
                     yield f"{part} {size}, {where}", make
             if kinds["perceptual"]:
                 yield f"perceptual step {size}, {where}", partial(steps.perceptual, dtype, batch, size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import importlib
 import os
@@ -18,6 +19,7 @@ from torch import nn
 from benchmarks import engines, steps
 from benchmarks import peers as command
 from vgg_fast import contest, peers, testing
+from vgg_fast.accelerate import accelerate
 from vgg_fast.contest import Unsuitable
 
 ROOT = Path(__file__).parents[1]
@@ -175,6 +177,39 @@ def test_pytorchs_own_setting_decides_what_fp32_may_be_off():
         assert not peers.agreement(ours * (1 + 2e-5), theirs, exact).agrees
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("make", [contest.features, contest.model])
+def test_a_network_at_high_may_be_off_a_sixteenth_of_tf32(make):
+    """Three bf16 products pass, one does not, though it would pass for a rounding of bf16 (`medium`)."""
+
+    def judged(kernel: str) -> contest.Contest:
+        return make(torch.float32, size=64, accelerator=partial(accelerate, backend=kernel))
+
+    torch.set_float32_matmul_precision("high")
+    try:
+        accepted = judged("amx_bf16x3").agreement
+        assert 3e-5 / 2 < accepted.ours < accepted.allowed < 1e-2
+        with pytest.raises(contest.Disagreement, match="relative error"):
+            judged("amx_bf16")
+    except RuntimeError as error:
+        assert "needs the CPU flags" in str(error)  # noqa: PT017
+        pytest.skip(str(error))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_tf32_is_what_the_bound_stands_on():
+    """Rounding the operands of one layer costs what the unit roundoff 2^-11 says; the network's error is larger."""
+    x = torch.randn(1, 3, 32, 32)
+    one, network = peers.plain_layer(peers.Layer("one", 3, 16, 32, False)), peers.plain_features()
+    for model in (one, network):
+        peers.calibrate(model, x)
+    before = copy.deepcopy(one.state_dict())
+    errors = [testing.relative_error(peers.in_tf32(m, x), peers.in_float64(m, x)) for m in (one, network)]
+    assert 2.0**-13 < errors[0] < 2.0**-11
+    assert 2 * errors[0] < errors[1] < 1
+    assert all(torch.equal(value, before[name]) for name, value in one.state_dict().items())
 
 
 @pytest.mark.parametrize("make", [steps.perceptual, steps.training])
