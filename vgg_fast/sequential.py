@@ -24,7 +24,7 @@ import vgg_fast.ops  # noqa: F401  (declares torch.ops.vgg_fast)
 from vgg_fast import linear_chains, selection
 from vgg_fast.chains import Chain, LinearChain, Plain, Plan, output_channels_last
 from vgg_fast.ops._layout import suggests_channels_last
-from vgg_fast.packs import DTYPES, Pack, PackCache
+from vgg_fast.packs import DTYPES, Pack, PackCache, Packed
 
 _STATE = "_vgg_fast_state"  # plan and packed weights, in the container's __dict__; never copied, pickled or saved
 _BACKEND = "_vgg_fast_backend"  # the backend asked for, absent for "auto"; copied and pickled like any attribute
@@ -128,6 +128,12 @@ def record() -> Iterator[list[Segment]]:
 def drop_cache(container: FusedSequential) -> None:
     """Forgets the container's plan and packed weights; the next forward makes them anew."""
     container.__dict__.pop(_STATE, None)
+
+
+def packed_weights(container: FusedSequential) -> list[Packed[Any]]:
+    """The packed weights that the container keeps at this moment."""
+    state = container.__dict__.get(_STATE)
+    return [] if state is None else list(state.packs)
 
 
 def set_backend(container: FusedSequential, backend: str) -> None:
