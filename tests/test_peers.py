@@ -18,7 +18,7 @@ from torch import nn
 
 from benchmarks import engines, steps
 from benchmarks import peers as command
-from vgg_fast import contest, peers, testing
+from vgg_fast import contest, peers, scaling, testing
 from vgg_fast.accelerate import accelerate
 from vgg_fast.contest import Unsuitable
 
@@ -224,6 +224,39 @@ def test_steps_compare_gradients(make):
     assert all(g.abs().max() > 0 for g in gradients)
 
 
+# --- threads and batches --------------------------------------------------------------------------------------------
+
+
+def test_scaling_measures_what_it_says():
+    torch.set_num_threads(2)
+    result = scaling.features(torch.float32, [1, 2, 4], 32)
+    assert list(result.contests) == [(1, 1), (2, 1), (2, 2), (2, 4)]
+    for (threads, batch), each in result.contests.items():
+        assert each.kernels
+        for call in each.calls.values():
+            assert len(call()) == batch
+            assert torch.get_num_threads() == threads
+    torch.set_num_threads(2)
+    rows = result.rows(result.time(rounds=2))
+    assert torch.get_num_threads() == 2
+    assert {(row["threads"], row["batch"], row["contestant"]) for row in rows} == {
+        (*place, name) for place in result.contests for name in (peers.CHANNELS_LAST, peers.OURS)
+    }
+    assert [s.contestant for s in scaling.summaries(rows)] == [peers.CHANNELS_LAST, peers.OURS]
+
+
+def test_scaling_is_summed_up():
+    def row(threads: int, batch: int, ms: float) -> dict[str, object]:
+        place = {"problem": "scaling 224, threads", "precision": "fp32", "contestant": "ours", "threads": threads}
+        return {**place, "batch": batch, "median_ms_per_image": ms}
+
+    (found,) = scaling.summaries([row(1, 1, 80.0), row(4, 1, 25.0), row(4, 2, 20.0), row(4, 3, 22.0), row(4, 4, 21.0)])
+    assert (found.threads, found.speedup, found.growth) == (4, 80 / 25, 22 / 20)
+    assert found.milliseconds == {1: 25.0, 2: 20.0, 3: 22.0, 4: 21.0}
+    assert "3.20 times as fast with 4 threads" in str(found)
+    assert "grows to 1.100" in str(found)
+
+
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
@@ -320,7 +353,7 @@ def test_a_cap_on_some_of_them_only_is_refused():
 
 def test_the_command_knows_all_caps_and_precisions():
     assert tuple(engines.CAPS) == command.CAPS
-    kinds = dict.fromkeys(("features", "model", "perceptual", "train", "layers"), False) | {"features": True}
+    kinds = dict.fromkeys(("features", "model", "scaling", "perceptual", "train", "layers"), False) | {"features": True}
     made = []
     for what, make in command.problems(list(command.PRECISIONS), [2], 32, kinds, {}, partial(dict)):
         assert isinstance(make, partial)
