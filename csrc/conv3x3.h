@@ -84,7 +84,6 @@ using WinogradRunFn = void (*)(const Conv3x3Args& args, const WinogradPlan& plan
 
 struct MicroKernel {
   const char* name;
-  const char* cap;    // the VGG_FAST_ISA level that admits it: portable, avx2, avx512, amx
   const char* flags;  // CPU flags it needs, separated by blanks
   DType compute;      // type of the words: f32, or bf16 pairs
   int64_t parts;      // bf16 values per fp32 value: 2 for three products, 3 for six

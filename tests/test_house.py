@@ -21,9 +21,9 @@ LAYERS = [
     {"library", "kernels"},
     {"selection"},
     {"ops"},
-    {"chains", "packs", "sequential", "accelerate", "explain"},
+    {"chains", "packs", "linear_chains", "sequential", "accelerate", "explain"},
     {"models", "summary", "weights", "keras_files", "convert"},
-    {"verify", "measure", "peers", "contest", "roofline"},
+    {"verify", "measure", "peers", "contest", "roofline", "scaling"},
     {"plots", "report"},
     {"cli"},
 ]
@@ -89,6 +89,7 @@ def test_importing_the_package_is_light():
 INTRINSICS = {"immintrin.h"}
 TORCH_FACING = {"bindings.cpp", "torch_cpu.h", "conv3x3.cpp", "conv_stack.cpp", "pack.cpp", "maxpool2x2.cpp"} | {
     "fingerprint.cpp",
+    "linear.cpp",
     "stack.cpp",
 }
 CPU = [ROOT / "csrc/bindings.cpp", ROOT / "csrc/conv3x3.h", *sorted((ROOT / "csrc/cpu").iterdir())]

@@ -9,7 +9,7 @@ namespace vgg_fast {
 namespace {
 
 constexpr int64_t kWhole = 1024;  // tensors of up to this many elements are read as a whole
-constexpr int64_t kSample = 64;   // elements of a larger one that is no convolution weight
+constexpr int64_t kSample = 64;   // elements of a larger one that is no layer's weight
 
 // Sum over the elements of value x its own odd multiplier: no term waits for another, as it would in a chained hash.
 class Sum {
@@ -36,9 +36,19 @@ void add_tensor(Sum& sum, const Tensor& tensor) {
   const char* data = static_cast<const char*>(tensor.const_data_ptr());
   const int64_t *sizes = tensor.sizes().data(), *strides = tensor.strides().data();
   const int64_t n = tensor.numel(), dims = tensor.dim();
+  if (n > kWhole && dims == 2) {
+    // A diagonal: one element at least of every row and of every column.
+    int64_t row = 0, column = 0;
+    for (int64_t i = std::max(sizes[0], sizes[1]); i > 0; --i) {
+      sum.add_element<Word>(data, row * strides[0] + column * strides[1]);
+      if (++row == sizes[0]) row = 0;
+      if (++column == sizes[1]) column = 0;
+    }
+    return;
+  }
   if (n > kWhole && dims == 4) {
-    // A diagonal: one element at least of every filter and of every input channel. Where most channels are dead, a
-    // training step changes a few of them only.
+    // The same of every filter and of every input channel. Where most channels are dead, a training step changes a few
+    // of them only.
     int64_t filter = 0, channel = 0, row = 0, column = 0;
     for (int64_t i = std::max(sizes[0], sizes[1]); i > 0; --i) {
       sum.add_element<Word>(data, filter * strides[0] + channel * strides[1] + row * strides[2] + column * strides[3]);

@@ -27,6 +27,9 @@ std::tuple<Tensor, Tensor> pack_cpu(const Tensor& weight, const std::optional<Te
                                     double bn_eps, const std::string& kernel);
 Tensor conv_stack_cpu(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& affines,
                       const std::vector<int64_t>& program, const std::string& kernel, bool channels_last);
+Tensor linear_cpu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool relu,
+                  const std::string& kernel);
+Tensor linear_pack_cpu(const Tensor& weight, const std::string& kernel);
 // The same with taps: those of the layers that have one, in order, and the last layer's result.
 std::vector<Tensor> conv_stack_taps_cpu(const Tensor& x, const std::vector<Tensor>& weights,
                                         const std::vector<Tensor>& affines, const std::vector<int64_t>& program,
