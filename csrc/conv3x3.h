@@ -66,6 +66,9 @@ struct Conv3x3Args {
   int64_t taps;        // 9; 1 when x holds the 3x3 neighbourhoods themselves (im2col)
   bool relu, pool;
   DType round_to;  // precision of the result
+  // What this thread reads next: lines that a kernel may fetch into L2 while it computes.
+  const char* next;
+  int64_t next_lines;
 };
 
 // Convolution rows [row_begin, row_end) of one group of output channels; row_begin is even when pooling.

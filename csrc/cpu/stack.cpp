@@ -180,14 +180,22 @@ void Stack::run_layer(const Layer& layer, const Conv3x3Args& args, char* shared)
   // The pool drops an odd last row; its convolution need not be computed.
   const int64_t rows = layer.pool && !layer.tap ? layer.h / 2 * 2 : layer.h, chunks = ceil_div(rows, kernel_.rows);
   const int64_t groups = kernel_.groups(layer.cout);
-  const bool rows_outside = kernel_.weight_words(layer.cout, layer.cin) * 4 <= kResidentWeights;
+  const int64_t weight_bytes = kernel_.weight_words(layer.cout, layer.cin) * 4;
+  const int64_t share = ceil_div(weight_bytes / groups, chunks * kLine) * kLine;
+  const bool rows_outside = weight_bytes <= kResidentWeights;
   torch::stable::parallel_for(0, groups * chunks, 1, [&](int64_t begin, int64_t end) {
     const FlushDenormals mode;
     float* own = scratch_floats(kernel_.scratch_floats(layer.w));
+    Conv3x3Args unit_args = args;
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t group = rows_outside ? unit % groups : unit / chunks;
       const int64_t row = (rows_outside ? unit / groups : unit % chunks) * kernel_.rows;
-      kernel_.run(args, group, row, std::min(row + kernel_.rows, rows), own);
+      if (!rows_outside) {  // each chunk of a group fetches its share of the next group's weights
+        unit_args.next =
+            reinterpret_cast<const char*>(layer.weight) + (group + 1) * (weight_bytes / groups) + unit % chunks * share;
+        unit_args.next_lines = unit + chunks < end ? share / kLine : 0;
+      }
+      kernel_.run(unit_args, group, row, std::min(row + kernel_.rows, rows), own);
     }
   });
 }
