@@ -20,6 +20,7 @@ import torch
 
 import vgg_fast  # noqa: F401  (declares the ops)
 from vgg_fast import reference, selection, testing
+from vgg_fast.ops.linear import PACKING
 
 ops = torch.ops.vgg_fast
 PAGE = mmap.PAGESIZE
@@ -92,7 +93,7 @@ def check_linear(kernel: str) -> None:
             bias = testing.integer_tensor(outputs, limit=4, seed=2, dtype=dtype)
             expected = reference.linear(x, weight, bias, True)
             weight = guarded(weight, side)
-            if dtype == torch.float32 and kernel in ("amx_bf16", "avx512_f24"):
+            if dtype == torch.float32 and kernel in PACKING:
                 weight = guarded(ops.linear_pack(weight, kernel), side)
             y = ops.linear(guarded(x, side), weight, guarded(bias, side), True, kernel)
             assert torch.equal(y, expected), (dtype, n, inputs, outputs, side)

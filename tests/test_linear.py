@@ -10,23 +10,11 @@ import torch.nn.functional as F
 from stacks import CPU, ratios
 
 from vgg_fast import reference, selection, testing
+from vgg_fast.ops.linear import PACKING
 
 ops = torch.ops.vgg_fast
 KERNELS = selection.linear_kernels()
-PACKING = ("amx_bf16", "avx512_f24")  # what they make of fp32 weights is not PyTorch's tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-# images, inputs, outputs
-SHAPES = {
-    "one_image": (1, 4096, 40),
-    "nothing_divides": (5, 37, 53),
-    "one_input": (2, 1, 17),
-    "one_output": (3, 100, 1),
-    "a_row_past_a_tile": (17, 64, 33),  # and an image past a block of 16
-    "many_images": (131, 70, 40),  # more than one pass over the weights
-    "parts": (4, 2100, 9),  # three partial sums and a tail
-    "no_inputs": (2, 0, 5),
-}
 
 
 def dtypes_of(kernel: str) -> list[torch.dtype]:
@@ -46,41 +34,24 @@ def weights_for(kernel: str, weight: torch.Tensor) -> torch.Tensor:
     return ops.linear_pack(weight, kernel) if weight.dtype == torch.float32 and kernel in PACKING else weight
 
 
-def inputs(name: str, dtype: torch.dtype, integers: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    n, i, o = SHAPES[name]
-    if integers:
-        sizes = (((n, i), 4, 0), ((o, i), 2, 1), ((o,), 4, 2))
-        x, weight, bias = (testing.integer_tensor(*s, limit=k, seed=seed, dtype=dtype) for s, k, seed in sizes)
-        return x, weight, bias
-    x, weight, bias = (testing.random_tensor(*s, seed=seed) for seed, s in enumerate(((n, i), (o, i), (o,))))
-    return x.to(dtype), (weight / max(i, 1) ** 0.5).to(dtype), bias.to(dtype)
-
-
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", testing.LINEARS)
 def test_integers_are_exact(kernel, name):
     for dtype in dtypes_of(kernel):
-        x, weight, bias = inputs(name, dtype, integers=True)
+        x, weight, bias = testing.linear_inputs(name, dtype, integers=True)
         packed = weights_for(kernel, weight)
         for b, relu in ((None, False), (bias, True)):
             expected = reference.linear(x.double(), weight.double(), None if b is None else b.double(), relu).to(dtype)
             assert torch.equal(ops.linear(x, packed, b, relu, kernel), expected), (dtype, relu)
 
 
-# Relative error of a product of fp32 values as a kernel reads them: rounding to bf16 is off by 2^-8 at most, to 24 bits
-# (weights only) by 2^-16. bf16 and fp16 tensors are read as they are.
-OPERANDS = {"amx_bf16": 2 * 2.0**-8 + 2.0**-16, "avx512_f24": 2.0**-16}
-
-
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("name", ["nothing_divides", "parts", "many_images"])
 def test_within_the_derived_bound(kernel, name):
     for dtype in dtypes_of(kernel):
-        x, weight, bias = inputs(name, dtype, integers=False)
+        x, weight, bias = testing.linear_inputs(name, dtype, integers=False)
         y = ops.linear(x, weights_for(kernel, weight), bias, False, kernel)
-        magnitude = F.linear(x.double().abs(), weight.double().abs(), bias.double().abs())
-        of_operands = OPERANDS.get(kernel, 0.0) if dtype == torch.float32 else 0.0
-        bound = magnitude * (of_operands + (x.shape[1] + 1) * 2.0**-24 + torch.finfo(dtype).eps / 2)
+        bound = testing.linear_bound(x, weight, bias, kernel)
         testing.assert_within(y, reference.linear(x.double(), weight.double(), bias.double()), bound, kernel)
 
 
@@ -167,7 +138,7 @@ def test_inputs_of_any_layout():
 
 
 def test_opcheck():
-    x, weight, bias = inputs("nothing_divides", torch.float32, integers=False)
+    x, weight, bias = testing.linear_inputs("nothing_divides")
     for dtype in DTYPES:
         args = (x.to(dtype), weight.to(dtype), bias.to(dtype), True)
         torch.library.opcheck(ops.linear.default, (*args, selection.choose_linear(dtype, CPU)))
@@ -192,7 +163,7 @@ def test_opcheck():
 )
 def test_what_does_not_fit_is_named(call, message):
     with pytest.raises(RuntimeError, match=message):
-        call(*inputs("nothing_divides", torch.float32, integers=False))
+        call(*testing.linear_inputs("nothing_divides"))
 
 
 # --- which kernel ---------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vgg_fast import selection
 from vgg_fast.chains import LinearChain, Sources
+from vgg_fast.ops.linear import PACKING
 from vgg_fast.packs import DTYPES, LinearPack, PackCache, plain_reason
 
 # Weights of a chain below which nothing is gained (measured at batch 1 in fp32): up to there they stay in the L2
@@ -76,7 +77,7 @@ def run(
 
 
 def _is_packed(weight: Tensor, kernel: str, dtype: torch.dtype) -> bool:
-    return weight.dtype != dtype or (dtype == torch.float32 and kernel in ("amx_bf16", "avx512_f24"))
+    return weight.dtype != dtype or (dtype == torch.float32 and kernel in PACKING)
 
 
 def _pack(layers: Sequence[list[Tensor | None]], kernel: str, dtype: torch.dtype) -> LinearPack | str:
@@ -85,7 +86,7 @@ def _pack(layers: Sequence[list[Tensor | None]], kernel: str, dtype: torch.dtype
     for weight, bias in layers:
         assert weight is not None
         if _is_packed(weight, kernel, dtype):
-            straight = weight.dtype == torch.float32 and kernel in ("amx_bf16", "avx512_f24")
+            straight = weight.dtype == torch.float32 and kernel in PACKING
             weight = torch.ops.vgg_fast.linear_pack(weight, kernel) if straight else weight.to(dtype)
         weights.append(weight)
         biases.append(None if bias is None else bias.to(dtype))

@@ -28,8 +28,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Our error may be this many times PyTorch's own error in the same dtype, both against float64. fp32: another order of
 # summation is another error of the same size. bf16 and fp16: we round once where PyTorch rounds after the convolution
-# and after the batch-norm; but the dense layers behind are PyTorch's on both sides, and where they dominate the two
-# errors are equal up to chance, so that "no larger" cannot be asked of every image.
+# and after the batch-norm; but dense layers are rounded once on both sides, and where they dominate the two errors are
+# equal up to chance, so that "no larger" cannot be asked of every image.
 ERROR_FACTOR = {torch.float32: 2.0, torch.bfloat16: 1.25, torch.float16: 1.25}
 
 # What fp32 may be off where the user has lowered PyTorch's precision of it (torch.set_float32_matmul_precision).

@@ -24,6 +24,10 @@ constexpr int64_t kTile = 16, kPairs = 16, kInputs = 2 * kPairs;
 // Inputs that sums stay in tiles for, where images are many: weights and inputs of a step are then still in L2.
 constexpr int64_t kStretch = 1024;
 
+// Bytes of a row to fetch ahead where weights are read once: the processor's own prefetching ends at every 4 KB page.
+// Measured: 512 takes 15 % off the time of one image, 2048 less.
+constexpr int64_t kAheadOfTile = 512;
+
 // The intrinsics do not tell the compiler what memory they read or write.
 inline void memory_is_seen() { asm volatile("" ::: "memory"); }
 
@@ -45,7 +49,8 @@ struct alignas(64) TileConfig {
 
 // sums[2 row tiles][kBlocks][16][columns] of up to 32 rows and kBlocks blocks of images, continued over `steps` x 32
 // inputs. second: bytes from the first tile of rows to the second.
-template <int kBlocks>
+// kOnce: the weights are not read again.
+template <int kBlocks, bool kOnce>
 VGG_TARGET inline void multiply(const char* weights, int64_t row, int64_t second, const char* x, int64_t x_block,
                                 int64_t columns, int64_t steps, float* sums) {
   const int64_t pitch = columns * 4, tile = kTile * columns;
@@ -56,6 +61,11 @@ VGG_TARGET inline void multiply(const char* weights, int64_t row, int64_t second
     _tile_loadd(3, sums + 3 * tile, pitch);
   }
   for (int64_t step = 0; step < steps; ++step, weights += kLine, x += kPairs * pitch) {
+    if constexpr (kOnce) {
+      // An address, not a pointer: it may lie behind the weights, where a prefetch does nothing.
+      const uintptr_t ahead = reinterpret_cast<uintptr_t>(weights) + kAheadOfTile;
+      for (int64_t r = 0; r < 2 * kTile; ++r) __builtin_prefetch(reinterpret_cast<const void*>(ahead + r * row));
+    }
     _tile_loadd(6, x, pitch);
     if constexpr (kBlocks == 2) _tile_loadd(7, x + x_block, pitch);
     _tile_loadd(4, weights, row);
@@ -90,12 +100,20 @@ VGG_TARGET void multiply_rows(const LinearArgs& a, int64_t begin, int64_t rows, 
   const int64_t blocks = ceil_div(a.images, a.columns), steps = (k_end - k) / kInputs;
   for (int64_t block = 0; block < blocks; block += 2, sums += 4 * kTile * a.columns) {
     const char* x = a.x + block * x_block + k / kInputs * x_step;
-    if (block + 1 < blocks) {
-      multiply<2>(weights + k * 2, a.weight_row, second * a.weight_row, x, x_block, a.columns, steps, sums);
-      if (rest > 0) multiply<2>(tail[0], kLine, second * kLine, x + steps * x_step, x_block, a.columns, 1, sums);
+    if (blocks == 1) {
+      multiply<1, true>(weights + k * 2, a.weight_row, second * a.weight_row, x, x_block, a.columns, steps, sums);
+    } else if (blocks == 2) {
+      multiply<2, true>(weights + k * 2, a.weight_row, second * a.weight_row, x, x_block, a.columns, steps, sums);
+    } else if (block + 1 < blocks) {
+      multiply<2, false>(weights + k * 2, a.weight_row, second * a.weight_row, x, x_block, a.columns, steps, sums);
     } else {
-      multiply<1>(weights + k * 2, a.weight_row, second * a.weight_row, x, x_block, a.columns, steps, sums);
-      if (rest > 0) multiply<1>(tail[0], kLine, second * kLine, x + steps * x_step, x_block, a.columns, 1, sums);
+      multiply<1, false>(weights + k * 2, a.weight_row, second * a.weight_row, x, x_block, a.columns, steps, sums);
+    }
+    if (rest == 0) continue;
+    if (block + 1 < blocks) {
+      multiply<2, false>(tail[0], kLine, second * kLine, x + steps * x_step, x_block, a.columns, 1, sums);
+    } else {
+      multiply<1, false>(tail[0], kLine, second * kLine, x + steps * x_step, x_block, a.columns, 1, sums);
     }
   }
   memory_is_seen();

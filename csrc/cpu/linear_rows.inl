@@ -13,8 +13,14 @@ constexpr int64_t value_bytes() {
   return kFormat == WeightFormat::f32 ? 4 : kFormat == WeightFormat::f24 ? 3 : 2;
 }
 
+// An address, not a pointer: it may lie behind the weights, where a prefetch does nothing.
+inline void fetch_ahead(const char* p) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + kAhead));
+}
+
+// kOnce: the weights come from memory and are not read again.
 // totals[image][row][lane] += weights of kRows rows times x of kImages images, `steps` vectors each.
-template <class Isa, WeightFormat kFormat, int kImages>
+template <class Isa, WeightFormat kFormat, bool kOnce, int kImages>
 VGG_TARGET inline void add_products(const char* const* rows, const float* x, int64_t x_row, int64_t steps,
                                     float* totals) {
   constexpr int kRows = Isa::kRows;
@@ -29,9 +35,7 @@ VGG_TARGET inline void add_products(const char* const* rows, const float* x, int
     for (int i = 0; i < kImages; ++i) inputs[i] = Isa::load(x + i * x_row);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      // An address, not a pointer: it may lie behind the weights, where a prefetch does nothing.
-      if (kImages == 1)
-        __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(row[r]) + step * kStep + kAhead));
+      if constexpr (kOnce) fetch_ahead(row[r] + step * kStep);
       typename Isa::Vec weights = Isa::template weights<kFormat>(row[r] + step * kStep);
       Isa::in_register(weights);
 #pragma GCC unroll 3
@@ -46,16 +50,16 @@ VGG_TARGET inline void add_products(const char* const* rows, const float* x, int
   }
 }
 
-template <class Isa, WeightFormat kFormat>
+template <class Isa, WeightFormat kFormat, bool kOnce>
 VGG_TARGET inline void add_products(int64_t images, const char* const* rows, const float* x, int64_t x_row,
                                     int64_t steps, float* totals) {
   switch (images) {
     case 1:
-      return add_products<Isa, kFormat, 1>(rows, x, x_row, steps, totals);
+      return add_products<Isa, kFormat, kOnce, 1>(rows, x, x_row, steps, totals);
     case 2:
-      return add_products<Isa, kFormat, 2>(rows, x, x_row, steps, totals);
+      return add_products<Isa, kFormat, kOnce, 2>(rows, x, x_row, steps, totals);
     default:
-      return add_products<Isa, kFormat, Isa::kImages>(rows, x, x_row, steps, totals);
+      return add_products<Isa, kFormat, kOnce, Isa::kImages>(rows, x, x_row, steps, totals);
   }
 }
 
@@ -72,7 +76,7 @@ inline void store_output(const LinearArgs& a, int64_t row, int64_t image, float 
   }
 }
 
-// For more images than one pass over the rows serves: `steps` vectors of each row as floats, side by side in L1, where
+// For many images: `steps` vectors of each row as floats, side by side in L1, where
 // rows a power of two apart would push each other out.
 template <class Isa, WeightFormat kFormat>
 VGG_TARGET inline void expand(const char** rows, int64_t steps, float* to) {
@@ -80,7 +84,9 @@ VGG_TARGET inline void expand(const char** rows, int64_t steps, float* to) {
     const char* row = rows[r];
     rows[r] = reinterpret_cast<const char*>(to);
     for (int64_t step = 0; step < steps; ++step, to += Isa::kLanes) {
-      Isa::store(to, Isa::template weights<kFormat>(row + step * Isa::kLanes * value_bytes<Isa, kFormat>()));
+      const char* from = row + step * Isa::kLanes * value_bytes<Isa, kFormat>();
+      fetch_ahead(from);
+      Isa::store(to, Isa::template weights<kFormat>(from));
     }
   }
 }
@@ -99,6 +105,7 @@ VGG_TARGET inline void linear_rows(const LinearArgs& a, int64_t begin, int64_t e
   std::memset(totals, 0, blocks * a.images * kSums * sizeof(float));
   char tail[kRows][kLanes * 4] = {};
   alignas(64) float expanded[kRows * kPart];
+  const bool many = a.images > 16;  // for fewer, waiting for memory and computing are better mixed
   for (int64_t k = 0; k < a.in; k += kPart) {
     const int64_t steps = std::max<int64_t>(0, std::min(kPart, whole - k)) / kLanes;
     const bool last = k + kPart >= a.in && whole < a.in;
@@ -111,16 +118,16 @@ VGG_TARGET inline void linear_rows(const LinearArgs& a, int64_t begin, int64_t e
         tails[r] = tail[r];
         if (last) std::memcpy(tail[r], row + whole * kBytes, (a.in - whole) * kBytes);
       }
-      if (a.images > kImages) expand<Isa, kFormat>(rows, steps, expanded);
+      if (many) expand<Isa, kFormat>(rows, steps, expanded);
       for (int64_t i = 0; i < a.images; i += kImages) {
         const int64_t images = std::min<int64_t>(kImages, a.images - i);
         float* sums = totals + (block * a.images + i) * kSums;
-        if (a.images > kImages) {
-          add_products<Isa, WeightFormat::f32>(images, rows, x + i * x_row + k, x_row, steps, sums);
+        if (many) {
+          add_products<Isa, WeightFormat::f32, false>(images, rows, x + i * x_row + k, x_row, steps, sums);
         } else {
-          add_products<Isa, kFormat>(images, rows, x + i * x_row + k, x_row, steps, sums);
+          add_products<Isa, kFormat, true>(images, rows, x + i * x_row + k, x_row, steps, sums);
         }
-        if (last) add_products<Isa, kFormat>(images, tails, x + i * x_row + whole, x_row, 1, sums);
+        if (last) add_products<Isa, kFormat, false>(images, tails, x + i * x_row + whole, x_row, 1, sums);
       }
     }
   }

@@ -30,8 +30,8 @@ def _python(tensors: Sequence[Tensor]) -> int:
     for tensor in tensors:
         flat = tensor.detach().reshape(-1)
         if flat.numel() > _WHOLE and tensor.dim() == 2:
-            i = torch.arange(max(tensor.shape), device=flat.device)
-            flat = tensor.detach()[i % tensor.shape[0], i % tensor.shape[1]]
+            i = torch.arange(tensor.shape[0], device=flat.device)
+            flat = torch.cat([tensor.detach()[0], tensor.detach()[i, i % tensor.shape[1]]])
         elif flat.numel() > _WHOLE and tensor.dim() == 4:
             i = torch.arange(max(tensor.shape[:2]), device=flat.device)
             filters, channels, height, width = tensor.shape

@@ -25,6 +25,7 @@ define(
 define("vgg_fast::linear_pack", "(Tensor weight, str kernel) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 F24 = "avx512_f24"  # the one kernel whose packed weights have a layout of their own
+PACKING = ("amx_bf16", F24)  # the kernels for which fp32 weights are packed
 
 
 @register_fake("vgg_fast::linear")
