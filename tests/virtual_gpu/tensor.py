@@ -62,7 +62,7 @@ def mma_c(registers: Words, kind: str) -> NDArray[Any]:
     ``n`` is 8 for mma. wgmma's are the same with a longer n: 16 rows to each of its four warps (9.7.15.5.1.1.1). Those
     of type f16 come two to a register.
     """
-    elements = np.ascontiguousarray(registers).view(_accumulator(kind))
+    elements: NDArray[Any] = np.ascontiguousarray(registers).view(_accumulator(kind))
     warps, _, count = elements.shape
     blocks = elements.reshape(warps, 8, 4, count // 4, 2, 2)  # row, word, column / 8, upper half, column % 2
     matrix = blocks.transpose(0, 4, 1, 3, 2, 5).reshape(warps, 16, count * 2)

@@ -134,8 +134,8 @@ def copies(tensor: TensorMap, coordinates: Addresses, shared: Addresses, offsets
     columns = np.arange(0, row_bytes, unit)
     rows = _im2col_rows(tensor, coordinates, offsets) if offsets is not None else _tiled_rows(tensor, coordinates)
     inner = coordinates[:, None, :1] * size + columns  # [n, 1, units in a row], bytes
-    limits = np.array(tensor.sizes[1:])
-    inside = (((rows >= 0) & (rows < limits)).all(2))[:, :, None] & (inner >= 0) & (inner < tensor.sizes[0] * size)
+    inside = np.all((rows >= 0) & (rows < np.array(tensor.sizes[1:])), axis=2, keepdims=True)
+    inside = inside & (inner >= 0) & (inner < tensor.sizes[0] * size)
     outer = rows @ np.array(tensor.strides, dtype=np.int64)  # [n, rows]
     where = tensor.address + outer[:, :, None] + inner
     line = np.arange(rows.shape[1])[:, None] * row_bytes + columns
