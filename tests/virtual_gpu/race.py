@@ -1,0 +1,175 @@
+"""Happens-before in shared memory: vector clocks of warps and asynchronous agents, and a shadow of every granule.
+
+Each warp counts its own epochs and knows, of every other agent, the last epoch that happened before its present (Fidge
+and Mattern's vector clocks; the shadow is that of FastTrack, Flanagan and Freund, PLDI 2009). A granule remembers its
+last write and the last read of every warp. An access races with a remembered one that its warp's clock does not cover.
+
+Agents beside the warps: IN_FLIGHT stands for any asynchronous write that was issued and not yet waited for, NEVER for
+memory not written at all; no clock ever covers these two. TMA counts the finished copies of the async proxy.
+
+What a thread wrote through the generic proxy (st, cp.async) is visible to the async proxy (wgmma, TMA) only after a
+``fence.proxy.async``: ``fenced`` is the clock as it stood at the last fence, and is handed on by barriers like the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from tests.virtual_gpu.memory import Fault
+
+_CLOCK, _PC = 32, 8  # a shadow word: epoch << 32 | instruction << 8 | agent
+
+
+class RaceDetector:
+    def __init__(self, ctas: int, warps: int, stride: int, granule: int, describe: Callable[[int], str]) -> None:
+        self.ctas, self.warps, self.granule, self.describe = ctas, warps, granule, describe
+        self.in_flight, self.never, self.tma = warps, warps + 1, warps + 2
+        self.agents = warps + 3
+        self.clock = np.zeros((ctas * warps, self.agents), np.int64)  # [warp of the chunk, agent]
+        self.own = (np.arange(ctas * warps), np.arange(ctas * warps) % warps)
+        self.clock[self.own] = 1
+        self.fenced = np.zeros_like(self.clock)
+        self.copies = np.zeros(ctas, np.int64)  # finished copies of the async proxy
+        granules = ctas * stride // granule
+        self.writes = np.full(granules, 1 << _CLOCK | self.never, np.int64)
+        self.reads = np.zeros((granules, warps + 1), np.int64)  # by warp; the last column counts reads in flight
+
+    def granules(self, offsets: np.ndarray, size: int) -> np.ndarray:
+        """``[n, size / granule]`` of accesses of ``size`` bytes at these byte offsets."""
+        first = offsets // self.granule
+        if size <= self.granule:
+            return first[:, None]
+        return first[:, None] + np.arange(size // self.granule)
+
+    def read(self, offsets: np.ndarray, size: int, warps: np.ndarray, pc: int) -> None:
+        cells = self.granules(offsets, size)
+        self._check_writes(cells, warps, "load", self.clock)
+        self.reads[cells, (warps % self.warps)[:, None]] = (self._now(warps) << _CLOCK | pc)[:, None]
+
+    def write(self, offsets: np.ndarray, size: int, warps: np.ndarray, pc: int) -> None:
+        cells = self.granules(offsets, size)
+        self._check_writes(cells, warps, "store", self.clock, store=True)
+        self._check_reads(cells, warps)
+        mark = self._now(warps) << _CLOCK | pc << _PC | warps % self.warps
+        self.writes[cells] = mark[:, None]
+        self._check_each_other(cells, mark, warps)
+
+    def issue_copy(self, offsets: np.ndarray, size: int, warps: np.ndarray, pc: int, proxy: bool = False) -> None:
+        """An asynchronous write begins; ``proxy``: it is of the async proxy (TMA)."""
+        cells = self.granules(offsets, size)
+        self._check_writes(cells, warps, "asynchronous copy", self.fenced if proxy else self.clock, store=True)
+        self._check_reads(cells, warps)
+        mark = np.full(len(cells), 1 << _CLOCK | pc << _PC | self.in_flight)
+        self.writes[cells] = mark[:, None]
+
+    def finish_copy(self, offsets: np.ndarray, size: int, warps: np.ndarray, pc: int) -> None:
+        """What a warp's cp.async wrote is from now on what the warp wrote."""
+        cells = self.granules(offsets, size)
+        self.writes[cells] = (self._now(warps) << _CLOCK | pc << _PC | warps % self.warps)[:, None]
+
+    def finish_tma(self, offsets: np.ndarray, size: int, cta: int, pc: int) -> int:
+        """A copy of the async proxy is complete; returns its epoch, which a waiting warp learns from the mbarrier."""
+        self.copies[cta] += 1
+        self.writes[self.granules(offsets, size)] = int(self.copies[cta]) << _CLOCK | pc << _PC | self.tma
+        return int(self.copies[cta])
+
+    def issue_read(self, cells: np.ndarray, warps: np.ndarray, pc: int) -> None:
+        """The async proxy begins to read distinct granules ``[n]`` for one or more warps of a CTA."""
+        for warp in warps:
+            self._check_writes(cells[:, None], np.full(len(cells), warp), "asynchronous read", self.fenced)
+        count = self.reads[cells, -1] >> _CLOCK
+        self.reads[cells, -1] = count + 1 << _CLOCK | pc
+
+    def finish_read(self, cells: np.ndarray, warps: np.ndarray, pc: int) -> None:
+        self.reads[cells, -1] -= 1 << _CLOCK
+        for warp in warps:
+            self.reads[cells, warp % self.warps] = int(self.clock[warp, warp % self.warps]) << _CLOCK | pc
+
+    # Synchronisation. ``warps`` are numbers within the chunk.
+
+    def barrier(self, warps: np.ndarray) -> None:
+        """All these warps (whole CTAs, or a part of one) meet: each learns what any of them knew."""
+        groups = warps.reshape(-1, self.warps) if len(warps) % self.warps == 0 else warps[None]
+        if (groups // self.warps != groups[:, :1] // self.warps).any():
+            groups = np.array_split(warps, np.flatnonzero(np.diff(warps // self.warps)) + 1)
+        for clock in (self.clock, self.fenced):
+            if isinstance(groups, np.ndarray):
+                clock[groups] = clock[groups].max(axis=1, keepdims=True)
+            else:
+                for group in groups:
+                    clock[group] = clock[group].max(axis=0)
+        self.tick(warps)
+
+    def tick(self, warps: np.ndarray) -> None:
+        self.clock[warps, warps % self.warps] += 1
+
+    def fence_proxy(self, warps: np.ndarray) -> None:
+        self.fenced[warps] = self.clock[warps]
+
+    def acquire(self, warp: int, clocks: np.ndarray) -> None:
+        """``clocks [2, agents]``: clock and fenced of those who released."""
+        np.maximum(self.clock[warp], clocks[0], out=self.clock[warp])
+        np.maximum(self.fenced[warp], clocks[1], out=self.fenced[warp])
+        self.fenced[warp, self.tma] = self.clock[warp, self.tma]  # the async proxy sees its own copies
+
+    def _now(self, warps: np.ndarray) -> np.ndarray:
+        return self.clock[warps, warps % self.warps]
+
+    # Checks.
+
+    def _check_writes(
+        self, cells: np.ndarray, warps: np.ndarray, what: str, clock: np.ndarray, store: bool = False
+    ) -> None:
+        last = self.writes[cells]
+        agent = last & 0xFF
+        late = (last >> _CLOCK) > clock[warps[:, None], agent]
+        if store:
+            late &= agent != self.never
+        if late.any():
+            lane, column = np.argwhere(late)[0]
+            self._report_write(int(last[lane, column]), int(warps[lane]), int(cells[lane, column]), what, int(lane))
+
+    def _report_write(self, last: int, warp: int, cell: int, what: str, lane: int) -> None:
+        agent, epoch, pc = last & 0xFF, last >> _CLOCK, last >> _PC & 0xFFFFFF
+        place = self._place(warp, cell)
+        if agent == self.never:
+            raise Fault("uninitialised", f"{what} of shared memory that nobody wrote: {place}", lane)
+        if agent == self.in_flight:
+            message = f"{what} races with an asynchronous copy that nobody has waited for: {place}"
+        elif epoch <= self.clock[warp, agent]:
+            message = f"{what} by the async proxy without fence.proxy.async after a store: {place}"
+            raise Fault("missing fence", f"{message}\nthe store:\n  {self.describe(pc)}", lane)
+        else:
+            message = f"{what} races with a store of {self._agent(agent)}, no barrier in between: {place}"
+        raise Fault("race", f"{message}\nthe other access:\n  {self.describe(pc)}", lane)
+
+    def _check_reads(self, cells: np.ndarray, warps: np.ndarray) -> None:
+        last = self.reads[cells]  # [n, cells, warps + 1]
+        late = (last >> _CLOCK) > self.clock[warps[:, None], : self.warps + 1][:, None]
+        if late.any():
+            lane, column, agent = np.argwhere(late)[0]
+            other = self._agent(int(agent))
+            reader = f"a load of {other}, no barrier in between" if agent < self.warps else "a wgmma or bulk copy's read"
+            message = f"store races with {reader}: {self._place(int(warps[lane]), int(cells[lane, column]))}"
+            pc = int(last[lane, column, agent]) & 0xFFFFFF
+            raise Fault("race", f"{message}\nthe other access:\n  {self.describe(pc)}", int(lane))
+
+    def _check_each_other(self, cells: np.ndarray, mark: np.ndarray, warps: np.ndarray) -> None:
+        late = self.writes[cells] != mark[:, None]
+        if late.any():
+            lane, column = np.argwhere(late)[0]
+            agent = int(self.writes[cells[lane, column]]) & 0xFF
+            place = self._place(int(warps[lane]), int(cells[lane, column]))
+            raise Fault("race", f"this store of two warps, one of them {self._agent(agent)}: {place}", int(lane))
+
+    def _agent(self, agent: int) -> str:
+        return f"warp {agent}" if agent < self.warps else "the async proxy"
+
+    def _place(self, warp: int, cell: int) -> str:
+        from tests.virtual_gpu.parse import SHARED_BASE
+
+        per_cta = len(self.writes) // self.ctas
+        first = cell % per_cta * self.granule - SHARED_BASE
+        return f"bytes {first}..{first + self.granule - 1} of shared memory, warp {warp % self.warps}"
