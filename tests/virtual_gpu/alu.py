@@ -68,7 +68,7 @@ def _immediate(operand: Immediate, dtype: np.dtype) -> Any:
         if dtype.kind == "f":
             return value.astype(dtype)[()]
         return value.view(f"u{operand.bits // 8}").astype(dtype)[()]
-    if dtype.kind == "?":
+    if dtype.kind == "b":
         return np.bool_(operand.value)
     bits = operand.value & ((1 << 8 * dtype.itemsize) - 1)
     return np.array(bits, f"u{dtype.itemsize}").view(dtype)[()] if dtype.kind != "f" else dtype.type(operand.value)

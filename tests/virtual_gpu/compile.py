@@ -107,12 +107,12 @@ class Code:
     def assign(self, operand: Register, compute: Callable[[Any], Any]) -> Step:
         """A step that puts the result of ``compute`` into a register, as wide as the register is."""
         slot, dtype = operand.slot, TYPES[operand.type]
-        word = np.dtype(f"u{dtype.itemsize}") if dtype.kind != "?" else dtype
+        word = np.dtype(f"u{dtype.itemsize}") if dtype.kind != "b" else dtype
 
         def run(m: Any) -> None:
             value = np.asarray(compute(m.R))
             if value.dtype != word:
-                same = value.dtype.itemsize == word.itemsize and word.kind != "?"
+                same = value.dtype.itemsize == word.itemsize and word.kind != "b"
                 value = value.view(word) if same else value.astype(word)
             if value.shape != (m.threads,):
                 value = np.broadcast_to(value, m.threads).copy()
@@ -323,7 +323,7 @@ def _move(code: Code, i: Instruction) -> Step:
             m.R[new] = m.R[old] if m.mask is None else np.where(m.mask, m.R[old], m.R[new])
 
         return copy
-    return code.assign(target, source.read(value, TYPES[target.type] if kind.kind == "?" else np.dtype(f"u{kind.itemsize}")))
+    return code.assign(target, source.read(value, TYPES[target.type] if kind.kind == "b" else np.dtype(f"u{kind.itemsize}")))
 
 
 @op("cvta")

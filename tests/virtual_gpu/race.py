@@ -147,7 +147,8 @@ class RaceDetector:
 
     def _check_reads(self, cells: np.ndarray, warps: np.ndarray) -> None:
         last = self.reads[cells]  # [n, cells, warps + 1]
-        late = (last >> _CLOCK) > self.clock[warps[:, None], : self.warps + 1][:, None]
+        limit = (self.clock[:, : self.warps + 1] + 1 << _CLOCK)[warps]  # epochs from here on are not covered
+        late = last >= limit[:, None]
         if late.any():
             lane, column, agent = np.argwhere(late)[0]
             other = self._agent(int(agent))
