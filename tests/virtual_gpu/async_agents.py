@@ -132,6 +132,11 @@ class Agents:
             self.machine.shared.view[size][agent.offsets // size] = np.full(size, POISON, np.uint8).view(WORDS[size])[0]
         self.copies.issue(agent)
 
+    def issue_store(self, agent: Agent) -> None:
+        if self.schedule == "earliest":
+            agent.move()
+        self.stores.issue(agent)
+
     def roll(self) -> None:
         """With a random schedule, now and then something happens; in each queue things happen in order."""
         for queue in (self.copies, self.products, self.stores):
@@ -155,7 +160,3 @@ class Agents:
         for agent in self.stores.agents:
             if not agent.moved:
                 agent.move()
-
-    def describe_wait(self, pc: int, thread: int) -> str:
-        """More about what a blocked thread waits for."""
-        return ""

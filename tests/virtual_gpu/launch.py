@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests.virtual_gpu import async_ops, warp_ops  # noqa: F401  (register their instructions)
+from tests.virtual_gpu import async_ops, bulk, warp_ops, wgmma  # noqa: F401  (register their instructions)
 from tests.virtual_gpu.async_agents import SCHEDULES
 from tests.virtual_gpu.compile import Code
 from tests.virtual_gpu.machine import Machine

@@ -62,7 +62,11 @@ class Machine:
         )
         self.observer, self.schedule = launch.observer, launch.schedule
         self.agents = Agents(self, launch.schedule, launch.random)
+        self.mbarriers: dict[int, Any] = {}  # by shared address
+        self.accumulators: dict[tuple[int, ...], Any] = {}  # of wgmma in flight, by their registers
+        self._at_fence: list[np.ndarray] | None = None  # the registers as wgmma.fence saw them
         self.R = self._registers()
+        self.poison32 = np.full(self.threads, _POISON[4])
         self.mask: np.ndarray | None = None
         self.pc = 0
         self.issued = 0  # instructions times warps
@@ -131,6 +135,31 @@ class Machine:
             register = self.R[slot].copy()
             register[lanes] = values
             self.R[slot] = register
+
+    def write_wgmma(self, slot: int, values: np.ndarray, lanes: np.ndarray | None) -> None:
+        """Full-width values into accumulators: no wgmma.fence is needed for what wgmma itself writes."""
+        if lanes is None:
+            self.R[slot] = values
+        else:
+            mask = np.zeros(self.threads, bool)
+            mask[lanes] = True
+            self.R[slot] = np.where(mask, values, self.R[slot])
+        if self._at_fence is not None:
+            self._at_fence[slot] = self.R[slot]
+
+    def wgmma_fence(self) -> None:
+        self._at_fence = list(self.R)
+
+    def check_wgmma_fence(self, slots: tuple[int, ...]) -> None:
+        """Registers of a wgmma must be as the last wgmma.fence saw them, or written by wgmma since.
+
+        Where threads go apart, a fence is remembered but not of whom: an unchanged register is another array then.
+        """
+        changed = self._at_fence is None
+        if self._at_fence is not None and self.mask is None:
+            changed = any(self.R[slot] is not self._at_fence[slot] for slot in slots)
+        if changed:
+            raise Fault("missing fence", "registers were changed after the last wgmma.fence", 0)
 
     def branch(self, target: int, taken: np.ndarray) -> int:
         """Threads in ``taken`` (full width) go to ``target``, the others on."""
@@ -225,6 +254,8 @@ class Machine:
                     else:
                         self._unblock()
                 self.agents.drain()
+                for barrier in self.mbarriers.values():
+                    barrier.check_over()
         except Fault as fault:
             raise self._report(fault) from None
 
@@ -284,12 +315,14 @@ class Machine:
         for w in self._waiting:
             first = int(np.flatnonzero(w.mask)[0])
             count = int(w.mask.reshape(-1, self.cta_threads)[self.cta_of[first]].sum())
-            of = f"{count} threads of CTA {self._cta(first)} wait (the first is {first % self.cta_threads})"
-            lines.append(f"{of} at\n  {self.code.instructions[w.at]}{self.agents.describe_wait(w.at, first)}")
+            of = f"{count} threads of CTA {self.place(first)} wait (the first is {first % self.cta_threads})"
+            lines.append(f"{of} at\n  {self.code.instructions[w.at]}")
+            if w.ready is not None:
+                lines += [b.state(self.cta_of[first]).lstrip("\n") for b in self.mbarriers.values()]
         last = self._waiting[0].at
         return KernelError("deadlock", "nobody can go on\n" + "\n".join(lines), self.code.instructions[last])
 
-    def _cta(self, thread: int) -> str:
+    def place(self, thread: int) -> str:
         return str(tuple(int(i) for i in self.ctas[self.cta_of[thread]]))
 
     def _report(self, fault: Fault) -> KernelError:
@@ -297,5 +330,5 @@ class Machine:
         where = self.code.name
         if fault.thread is not None:
             thread = fault.thread if self.lanes_now is None else int(self.lanes_now[fault.thread])
-            where += f", CTA {self._cta(thread)}, thread {thread % self.cta_threads}"
+            where += f", CTA {self.place(thread)}, thread {thread % self.cta_threads}"
         return KernelError(fault.kind, f"{fault}\nin {where}, at\n  {instruction}", instruction)

@@ -5,7 +5,8 @@ and Mattern's vector clocks; the shadow is that of FastTrack, Flanagan and Freun
 last write and the last read of every warp. An access races with a remembered one that its warp's clock does not cover.
 
 Agents beside the warps: IN_FLIGHT stands for any asynchronous write that was issued and not yet waited for, NEVER for
-memory not written at all; no clock ever covers these two. TMA counts the finished copies of the async proxy.
+memory not written at all; no clock ever covers these two. Finished copies of the async proxy are counted by the mbarrier
+they report to, in a column for each: to wait for one mbarrier says nothing about the copies of another.
 
 What a thread wrote through the generic proxy (st, cp.async) is visible to the async proxy (wgmma, TMA) only after a
 ``fence.proxy.async``: ``fenced`` is the clock as it stood at the last fence, and is handed on by barriers like the rest.
@@ -19,19 +20,20 @@ import numpy as np
 
 from tests.virtual_gpu.memory import Fault
 
+_COLUMNS = 16  # mbarriers told apart
 _CLOCK, _PC = 32, 8  # a shadow word: epoch << 32 | instruction << 8 | agent
 
 
 class RaceDetector:
     def __init__(self, ctas: int, warps: int, stride: int, granule: int, describe: Callable[[int], str]) -> None:
         self.ctas, self.warps, self.granule, self.describe = ctas, warps, granule, describe
-        self.in_flight, self.never, self.tma = warps, warps + 1, warps + 2
-        self.agents = warps + 3
+        self.in_flight, self.never, self.first_copy = warps, warps + 1, warps + 2
+        self.agents = warps + 2 + _COLUMNS
         self.clock = np.zeros((ctas * warps, self.agents), np.int64)  # [warp of the chunk, agent]
         self.own = (np.arange(ctas * warps), np.arange(ctas * warps) % warps)
         self.clock[self.own] = 1
         self.fenced = np.zeros_like(self.clock)
-        self.copies = np.zeros(ctas, np.int64)  # finished copies of the async proxy
+        self.copies = np.zeros((ctas, self.agents), np.int64)  # finished copies of the async proxy
         granules = ctas * stride // granule
         self.writes = np.full(granules, 1 << _CLOCK | self.never, np.int64)
         self.reads = np.zeros((granules, warps + 1), np.int64)  # by warp; the last column counts reads in flight
@@ -69,23 +71,30 @@ class RaceDetector:
         cells = self.granules(offsets, size)
         self.writes[cells] = (self._now(warps) << _CLOCK | pc << _PC | warps % self.warps)[:, None]
 
-    def finish_tma(self, offsets: np.ndarray, size: int, cta: int, pc: int) -> int:
-        """A copy of the async proxy is complete; returns its epoch, which a waiting warp learns from the mbarrier."""
-        self.copies[cta] += 1
-        self.writes[self.granules(offsets, size)] = int(self.copies[cta]) << _CLOCK | pc << _PC | self.tma
-        return int(self.copies[cta])
+    def copies_column(self, mbarrier: int) -> int:
+        """The agent that stands for copies reporting to the n-th mbarrier."""
+        return self.first_copy + mbarrier % _COLUMNS
+
+    def finish_tma(self, offsets: np.ndarray, size: int, ctas: np.ndarray, pc: int, column: int) -> np.ndarray:
+        """Copies into ``offsets [ctas, n]`` are complete; their epochs, which a waiting warp learns from the mbarrier."""
+        self.copies[ctas, column] += 1
+        epochs = self.copies[ctas, column]
+        mark = epochs << _CLOCK | pc << _PC | column
+        self.writes[self.granules(offsets.ravel(), size)] = np.repeat(mark, offsets.shape[1])[:, None]
+        return epochs
 
     def issue_read(self, cells: np.ndarray, warps: np.ndarray, pc: int) -> None:
-        """The async proxy begins to read distinct granules ``[n]`` for one or more warps of a CTA."""
-        for warp in warps:
-            self._check_writes(cells[:, None], np.full(len(cells), warp), "asynchronous read", self.fenced)
-        count = self.reads[cells, -1] >> _CLOCK
-        self.reads[cells, -1] = count + 1 << _CLOCK | pc
+        """The async proxy begins to read granules ``[n, cells]`` for warps ``[n, k]``, distinct cells in each row."""
+        count = cells.shape[1]
+        for column in warps.T:
+            self._check_writes(cells.reshape(-1, 1), np.repeat(column, count), "asynchronous read", self.fenced)
+        np.add.at(self.reads[:, -1], cells.ravel(), 1 << _CLOCK)
+        self.reads[cells, -1] = self.reads[cells, -1] >> _CLOCK << _CLOCK | pc
 
     def finish_read(self, cells: np.ndarray, warps: np.ndarray, pc: int) -> None:
-        self.reads[cells, -1] -= 1 << _CLOCK
-        for warp in warps:
-            self.reads[cells, warp % self.warps] = int(self.clock[warp, warp % self.warps]) << _CLOCK | pc
+        np.subtract.at(self.reads[:, -1], cells.ravel(), 1 << _CLOCK)
+        for column in warps.T:
+            self.reads[cells, (column % self.warps)[:, None]] = (self._now(column) << _CLOCK | pc)[:, None]
 
     # Synchronisation. ``warps`` are numbers within the chunk.
 
@@ -107,12 +116,14 @@ class RaceDetector:
 
     def fence_proxy(self, warps: np.ndarray) -> None:
         self.fenced[warps] = self.clock[warps]
+        self.tick(warps)  # what follows is of an epoch that this fence does not cover
 
     def acquire(self, warp: int, clocks: np.ndarray) -> None:
         """``clocks [2, agents]``: clock and fenced of those who released."""
         np.maximum(self.clock[warp], clocks[0], out=self.clock[warp])
         np.maximum(self.fenced[warp], clocks[1], out=self.fenced[warp])
-        self.fenced[warp, self.tma] = self.clock[warp, self.tma]  # the async proxy sees its own copies
+        # The async proxy sees its own copies without a fence.
+        self.fenced[warp, self.first_copy :] = self.clock[warp, self.first_copy :]
 
     def _now(self, warps: np.ndarray) -> np.ndarray:
         return self.clock[warps, warps % self.warps]
