@@ -73,8 +73,9 @@ class Mbarrier:
         missing = f"{self.pending[cta]} arrivals and {self.bytes[cta]} bytes of copies"
         return f"\n  {self.name()} is in phase {self.phase[cta]} and misses {missing}"
 
-    def check_over(self) -> None:
-        wrong = np.flatnonzero(self.valid & (self.bytes != 0))
+    def check_over(self, ctas: np.ndarray) -> None:
+        """These CTAs are done with it."""
+        wrong = ctas[self.valid[ctas] & (self.bytes[ctas] != 0)]
         if wrong.size:
             cta, count = int(wrong[0]), int(self.bytes[wrong[0]])
             what = f"{count} bytes that never came" if count > 0 else f"{-count} bytes less than came"
@@ -106,7 +107,7 @@ def _init(code: Code, i: Instruction) -> Step:
     def run(m: Any) -> None:
         for barrier, threads in _each(m, address(m), m.lanes(), checked=False):
             if read is None:
-                barrier.check_over()
+                barrier.check_over(m.cta_of[threads])
                 barrier.valid[m.cta_of[threads]] = False
             else:
                 barrier.init(m.cta_of[threads], np.broadcast_to(read(m.R), m.threads)[threads])

@@ -42,6 +42,7 @@ class Code:
 
     Attributes:
         granule: the bytes of shared memory that are watched as one: no access is narrower.
+        warpgroups: whether four warps must stay together.
     """
 
     def __init__(self, kernel: Kernel) -> None:
@@ -49,6 +50,7 @@ class Code:
         self.registers = list(kernel.registers)
         self.specials: dict[str, int] = {}
         self.granule = 16
+        self.warpgroups = any(i.parts[0] == "wgmma" for i in kernel.instructions)
         self.parameters = {p.name: p.offset for p in kernel.parameters}
         self.symbols = kernel.shared | {name: PARAMETER_BASE + offset for name, offset in self.parameters.items()}
         self.steps: list[Step] = []

@@ -21,6 +21,7 @@ from tests.virtual_gpu.compile import Code
 from tests.virtual_gpu.machine import Machine
 from tests.virtual_gpu.memory import GlobalMemory
 from tests.virtual_gpu.parse import PtxError, parse
+from tests.virtual_gpu.tma import TensorMap
 
 # Registers of the threads of a chunk stay in the CPU's caches, and the overhead of a NumPy call is spread over many.
 _CHUNK_THREADS = 4096
@@ -32,12 +33,14 @@ class Entry:
 
     Attributes:
         shared_bytes: dynamic shared memory, unless the launch names another number.
-        layout: the name of each parameter in order, where it is known (Triton).
+        layout: the name of each argument in order, where it is known (Triton).
+        descriptors: what Triton decided on each of its tensor descriptors, in order.
     """
 
     code: Code
     shared_bytes: int = 0
     layout: tuple[str, ...] = ()
+    descriptors: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass
@@ -111,7 +114,8 @@ def triton_entry(kernel: Any, arguments: Mapping[str, Any], target: int) -> Entr
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = compile(source, target=GPUTarget("cuda", target, 32), options=options)
     layout = tuple(name for name in names if signature[name] != "constexpr")
-    return Entry(Code(next(iter(parse(compiled.asm["ptx"]).values()))), compiled.metadata.shared, layout)
+    code = Code(next(iter(parse(compiled.asm["ptx"]).values())))
+    return Entry(code, compiled.metadata.shared, layout, tuple(compiled.metadata.tensordesc_meta or ()))
 
 
 _TRITON_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32"}
@@ -121,6 +125,8 @@ _TRITON_TYPES |= {torch.int64: "i64", torch.int8: "i8", torch.uint8: "u8", torch
 def _triton_type(value: Any) -> str:
     if isinstance(value, Tensor):
         return "*" + _TRITON_TYPES[value.dtype]
+    if hasattr(value, "block_shape"):  # triton.tools.tensor_descriptor.TensorDescriptor
+        return f"tensordesc<{_TRITON_TYPES[value.base.dtype]}[{','.join(map(str, value.block_shape))}]>"
     if isinstance(value, float):
         return "fp32"
     return "i32" if -(2**31) <= value < 2**31 else "i64"
@@ -176,6 +182,7 @@ def launch(
         return memory.allocate(name, roles[0] if roles else "input", flat, tensor.element_size())
 
     values = [(name, args[name]) for name in entry.layout] if entry.layout else list(_named(args))
+    values = list(_expand_descriptors(values, list(entry.descriptors), place))
     parameters, maps = _pack(code, values, place)
     memory.seal()
     shape = (*grid, 1, 1)[:3]
@@ -211,6 +218,28 @@ def _storage(tensor: Tensor) -> np.ndarray:
 def _named(args: Sequence[Any]) -> Any:
     for n, value in enumerate(args):
         yield (value[0].__name__ if isinstance(value, tuple) else f"argument {n}"), value
+
+
+def _expand_descriptors(values: list[tuple[str, Any]], decided: list[dict[str, Any]], place: Any) -> Any:
+    """A Triton tensor descriptor is a tensor map, its shape and its strides, as the launcher passes them."""
+    for name, value in values:
+        if not hasattr(value, "block_shape"):
+            yield name, value
+            continue
+        meta, size = decided.pop(0), value.base.element_size()
+        yield (
+            name,
+            TensorMap(
+                place(name, value.base),
+                size,
+                sizes=tuple(value.shape[::-1]),
+                strides=tuple(stride * size for stride in value.strides[-2::-1]),
+                box=tuple(meta["block_size"][::-1]),
+                swizzle=(0, 32, 64, 128)[meta["swizzle"]],
+            ),
+        )
+        yield from ((f"{name}.shape", size) for size in value.shape)
+        yield from ((f"{name}.strides", stride) for stride in value.strides)
 
 
 def _pack(code: Code, values: list[tuple[str, Any]], place: Any) -> tuple[bytes, dict[int, Any]]:

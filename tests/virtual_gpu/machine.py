@@ -236,7 +236,8 @@ class Machine:
             w.mask = w.mask & ~inside
         self._waiting = [w for w in self._waiting if w.mask.any()]
         if self.schedule == "random":
-            self._side = np.repeat(self.agents.random.random(self.threads // 32) < 0.5, 32)
+            size = 128 if self.code.warpgroups else 32
+            self._side = np.repeat(self.agents.random.random(self.threads // size) < 0.5, size)
 
     # The scheduler.
 
@@ -255,7 +256,7 @@ class Machine:
                         self._unblock()
                 self.agents.drain()
                 for barrier in self.mbarriers.values():
-                    barrier.check_over()
+                    barrier.check_over(np.arange(len(self.ctas)))
         except Fault as fault:
             raise self._report(fault) from None
 
