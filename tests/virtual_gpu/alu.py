@@ -123,7 +123,7 @@ def fma(a: Array, b: Array, c: Array, kind: str) -> Array:
 
 def signed_max(a: Array, b: Array) -> Array:
     """Drops NaN; +0 is more than -0."""
-    return np.where((a == b) & np.signbit(a), b, np.fmax(a, b))
+    return np.where(a == b, np.where(np.signbit(a), b, a), np.fmax(a, b))
 
 
 def signed_min(a: Array, b: Array) -> Array:
