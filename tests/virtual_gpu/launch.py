@@ -18,8 +18,8 @@ from torch import Tensor
 from tests.virtual_gpu import async_ops, bulk, warp_ops, wgmma  # noqa: F401  (register their instructions)
 from tests.virtual_gpu.async_agents import SCHEDULES
 from tests.virtual_gpu.compile import Code
-from tests.virtual_gpu.machine import Machine
-from tests.virtual_gpu.memory import GlobalMemory
+from tests.virtual_gpu.machine import KernelError, Machine
+from tests.virtual_gpu.memory import Fault, GlobalMemory
 from tests.virtual_gpu.parse import PtxError, parse
 from tests.virtual_gpu.tma import TensorMap
 
@@ -41,6 +41,26 @@ class Entry:
     shared_bytes: int = 0
     layout: tuple[str, ...] = ()
     descriptors: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """An argument of type CUtensorMap: a tensor, and how TMA sees it.
+
+    Attributes:
+        tensor: dense, on the CPU; channels_last is seen as NHWC.
+        box: elements of a copy in each dimension, innermost first.
+        options: further fields of :class:`~tests.virtual_gpu.tma.TensorMap`, swizzle for one.
+    """
+
+    tensor: Tensor
+    box: tuple[int, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def at(self, address: int) -> TensorMap:
+        t, size = _in_memory_order(self.tensor), self.tensor.element_size()
+        strides = tuple(stride * size for stride in t.stride()[-2::-1])
+        return TensorMap(address, size, tuple(t.shape[::-1]), strides[: t.dim() - 1], self.box, **self.options)
 
 
 @dataclass
@@ -198,7 +218,10 @@ def launch(
     chunk = max(1, _CHUNK_THREADS // threads)
     for first in range(0, len(positions), chunk):
         Machine(code, positions[first : first + chunk], threads, shared, memory, run).run()
-    memory.check_complete()
+    try:
+        memory.check_complete()
+    except Fault as fault:
+        raise KernelError(fault.kind, f"{fault}\nin {code.name}") from None
     if observer is not None:
         observer.end()
     for n, tensor in enumerate(tensors):
@@ -211,8 +234,11 @@ def _storage(tensor: Tensor) -> np.ndarray:
     dense = tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
     if tensor.is_cuda or not dense:
         raise ValueError(f"a {tuple(tensor.shape)} tensor on {tensor.device} with strides {tensor.stride()}: dense on CPU only")
-    flat = tensor if tensor.is_contiguous() else tensor.permute(0, 2, 3, 1)
-    return flat.detach().reshape(-1).view(torch.uint8).numpy()
+    return _in_memory_order(tensor).detach().reshape(-1).view(torch.uint8).numpy()
+
+
+def _in_memory_order(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_contiguous() else tensor.permute(0, 2, 3, 1)
 
 
 def _named(args: Sequence[Any]) -> Any:
@@ -223,21 +249,15 @@ def _named(args: Sequence[Any]) -> Any:
 def _expand_descriptors(values: list[tuple[str, Any]], decided: list[dict[str, Any]], place: Any) -> Any:
     """A Triton tensor descriptor is a tensor map, its shape and its strides, as the launcher passes them."""
     for name, value in values:
+        if isinstance(value, Mapped):
+            value = value.at(place(name, value.tensor))
         if not hasattr(value, "block_shape"):
             yield name, value
             continue
         meta, size = decided.pop(0), value.base.element_size()
-        yield (
-            name,
-            TensorMap(
-                place(name, value.base),
-                size,
-                sizes=tuple(value.shape[::-1]),
-                strides=tuple(stride * size for stride in value.strides[-2::-1]),
-                box=tuple(meta["block_size"][::-1]),
-                swizzle=(0, 32, 64, 128)[meta["swizzle"]],
-            ),
-        )
+        strides = tuple(stride * size for stride in value.strides[-2::-1])
+        box, swizzle = tuple(meta["block_size"][::-1]), (0, 32, 64, 128)[meta["swizzle"]]
+        yield name, TensorMap(place(name, value.base), size, tuple(value.shape[::-1]), strides, box, swizzle=swizzle)
         yield from ((f"{name}.shape", size) for size in value.shape)
         yield from ((f"{name}.strides", stride) for stride in value.strides)
 
