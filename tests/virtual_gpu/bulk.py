@@ -220,7 +220,7 @@ class BulkStore(Agent):
         return part
 
 
-def _issue_load(m: Any, i: Instruction, lanes: np.ndarray, offsets: np.ndarray, words: np.ndarray, barriers: Any) -> None:
+def _issue_load(m: Any, lanes: np.ndarray, offsets: np.ndarray, words: np.ndarray, barriers: Any) -> None:
     for barrier, threads in barriers:
         here = np.isin(lanes, threads)
         load = BulkLoad(m, lanes[here], offsets[here], words[here], barrier)
@@ -228,10 +228,6 @@ def _issue_load(m: Any, i: Instruction, lanes: np.ndarray, offsets: np.ndarray, 
             load.finish()
         else:
             m.agents.bulk.append(load)
-    if m.observer is not None:
-        size = offsets.size * words.dtype.itemsize
-        m.observer.bulk(i, "global", "async", size, len(lanes))
-        m.observer.bulk(i, "shared", "async", size, len(lanes))
 
 
 @op("cp.async.bulk.tensor")
@@ -266,14 +262,17 @@ def _tensor(code: Code, i: Instruction) -> Step:
         if barrier_address is None:
             m.agents.issue_store(BulkStore(m, lanes, offsets, moves.global_address, moves.inside, moves.unit))
             if m.observer is not None:
-                m.observer.bulk(i, "shared", "load", moves.inside.size * moves.unit, len(lanes))
-                m.observer.bulk(i, "global", "store", int(moves.inside.sum()) * moves.unit, len(lanes))
+                inside = moves.global_address[moves.inside]
+                m.observer.bulk(i, "store", moves.inside.size * moves.unit, inside, moves.unit)
             return
         words = np.zeros(moves.inside.shape, WORDS[moves.unit])
         if moves.inside.any():
             words[moves.inside] = m.memory.load(moves.global_address[moves.inside].astype(np.uint64), moves.unit)
         m.lanes_now = np.repeat(lanes, moves.inside.shape[1])
-        _issue_load(m, i, lanes, offsets, words, list(_each(m, barrier_address(m), lanes)))
+        _issue_load(m, lanes, offsets, words, list(_each(m, barrier_address(m), lanes)))
+        if m.observer is not None:
+            inside = moves.global_address[moves.inside]
+            m.observer.bulk(i, "async", moves.inside.size * moves.unit, inside, moves.unit)
 
     return run
 
@@ -298,7 +297,9 @@ def _bulk(code: Code, i: Instruction) -> Step:
         offsets = m.shared.flat(base.ravel(), targets.ravel(), 16).reshape(targets.shape)
         addresses = pick(source(m), lanes)[:, None] + steps.astype(np.uint64)
         words = m.memory.load(addresses.ravel(), 16).reshape(targets.shape)
-        _issue_load(m, i, lanes, offsets, words, list(_each(m, barrier_address(m), lanes)))
+        _issue_load(m, lanes, offsets, words, list(_each(m, barrier_address(m), lanes)))
+        if m.observer is not None:
+            m.observer.bulk(i, "async", words.size * 16, addresses.ravel().astype(np.int64))
 
     return run
 

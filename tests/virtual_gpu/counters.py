@@ -123,23 +123,20 @@ class Counters:
             raise ValueError(f"space is {space!r}; counted are 'shared' and 'global'")
 
     def bulk(
-        self, instruction: Any, space: str, kind: str, bytes: int, ctas: int, addresses: Integers | None = None
+        self, instruction: Any, kind: str, shared_bytes: int, addresses: Integers | None = None, unit: int = 16
     ) -> None:
-        """Accesses of the asynchronous units, ``bytes`` of each of ``ctas``: TMA, and the operands of wgmma.
+        """Accesses of the asynchronous units, taken as free of conflicts: TMA, and the operands of wgmma.
 
-        They are taken as free of conflicts. ``addresses`` are those in global memory, of units of up to 32 bytes.
+        ``shared_bytes`` are those of all CTAs together, ``addresses`` their units of ``unit`` bytes in global memory.
         """
         row = self._row(instruction)
-        if space == "shared":
-            count = -(-bytes // BANKS_BYTES) * ctas
-            row.wavefronts += count
-            row.wavefronts_ideal += count
-        else:
-            count = -(-bytes // SECTOR) * ctas
-            row.sectors += count
-            row.sectors_ideal += count
-            if addresses is not None:
-                self._touch(kind, np.unique(addresses >> 5))
+        row.wavefronts += -(-shared_bytes // BANKS_BYTES)
+        row.wavefronts_ideal += -(-shared_bytes // BANKS_BYTES)
+        if addresses is not None:
+            sectors = -(-len(addresses) * unit // SECTOR)
+            row.sectors += sectors
+            row.sectors_ideal += sectors
+            self._touch(kind, np.unique(addresses >> 5))
 
     @property
     def total(self) -> Row:

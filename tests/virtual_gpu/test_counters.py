@@ -106,8 +106,9 @@ def test_touched_memory_is_counted_once_and_by_direction() -> None:
     seen.memory(store, "global", "store", LANES, LANES * 4 + (1 << 20) - 64, 4)  # across two pages of the record
     seen.memory(add, "global", "atomic", LANES, LANES * 4 + (3 << 20), 4)
     assert (seen.read.bytes, seen.written.bytes) == (256, 256)
-    seen.bulk(Instruction("cp.async.bulk.tensor", 3), "global", "async", 256, 1, np.arange(16) * 16 + (5 << 30))
+    seen.bulk(Instruction("cp.async.bulk.tensor", 3), "async", 512, np.arange(16) * 16 + (5 << 30))
     assert (seen.read.bytes, seen.written.bytes) == (512, 256)
+    assert (seen.rows[3].wavefronts, seen.rows[3].sectors) == (512 // 128, 256 // 32)  # half of the box lies outside
 
 
 @pytest.mark.parametrize(
@@ -127,21 +128,17 @@ def test_tensor_operations(op: str, warps: int, flops: int) -> None:
 
 
 def by_hand() -> Counters:
-    """200 CTAs of 4 warps; each warp 1000 times: one mma, a conflict of 2 in shared memory, 16 sectors; 500 others."""
+    """200 CTAs of 4 warps; each warp 10 times: one mma, a conflict of 2 in shared memory, 16 sectors, 5 others."""
     seen = Counters()
     seen.begin(None, (100, 2, 1), 128)
-    mma, load, copy, other = (
-        Instruction(op, index)
-        for index, op in enumerate(
-            ("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", "ld.shared.b32", "ld.b128", "add")
-        )
-    )
-    warps = 200 * 4
+    ops = ("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", "ld.shared.b32", "ld.global.v4.b32", "add.s32")
+    mma, load, copy, other = (Instruction(op, index) for index, op in enumerate(ops))
+    times = 200 * 4 * 10
     for instruction in (mma, load, copy):
-        seen.issue(instruction, warps * 1000)
-    seen.issue(other, warps * 500)
-    seen.bulk(load, "shared", "load", 2 * 128, warps * 1000)
-    seen.bulk(copy, "global", "load", 512, warps * 1000)
+        seen.issue(instruction, times)
+    seen.issue(other, 5 * times)
+    seen.bulk(load, "load", 2 * 128 * times)
+    seen.bulk(copy, "load", 0, np.tile(np.arange(32) * 16, times))
     seen.written.add(np.arange(1 << 20))
     return seen
 
@@ -152,14 +149,14 @@ def test_prediction_of_a_kernel_computed_by_hand() -> None:
     clock = 1.41e9
     assert got.times == pytest.approx(
         {
-            "tensor": 8 * 1000 * 4096 / 2048 / clock,
-            "issue": 8 * 3500 / 4 / clock,
-            "shared": 8 * 1000 * 2 / clock,
-            "L2": 8 * 1000 * 512 / (5120 / 108) / clock,
-            "HBM": (1 << 25) / 1.555e12,
+            "tensor": 8 * 10 * 4096 / 2048 / clock,
+            "issue": 8 * 10 * 8 / 4 / clock,
+            "shared": 8 * 10 * 2 / clock,
+            "L2": 8 * 10 * 512 / (5120 / 108) / clock,
+            "HBM": ((32 << 20) + 512) / 1.555e12,
         }
     )
-    assert (got.bound, got.seconds) == ("L2", max(got.times.values()))
+    assert (got.bound, got.seconds) == ("HBM", max(got.times.values()))
     assert got.occupancy == 3 * 4 / 64  # 50,000 + 1024 bytes: three CTAs
     assert got.busy == 200 / 216
 
@@ -211,5 +208,5 @@ def test_the_table_shows_the_worst_first() -> None:
     bad = Instruction("st.shared.b32", 9, line=77)
     seen.memory(bad, "shared", "store", LANES, LANES * 128, 4)
     lines = seen.table(limit=2).splitlines()
-    assert [line.split()[-1] for line in lines] == ["op", "total", "st.shared.b32", "ld.b128"]
+    assert [line.split()[-1] for line in lines] == ["op", "total", "st.shared.b32", "add.s32"]
     assert lines[2].split()[:5] == ["77", "0", "0", "32", "1"]

@@ -188,8 +188,7 @@ def _wgmma(code: Code, i: Instruction) -> Step:
         agent.issue()
         m.agents.products.issue(agent)
         if m.observer is not None:
-            per_cta = (0 if in_registers else 64 * 32) + n * 32
-            m.observer.bulk(i, "shared", "load", per_cta * len(groups), len(groups))
+            m.observer.bulk(i, "load", ((0 if in_registers else 64) + n) * 32 * len(groups))
 
     return run
 

@@ -1,0 +1,100 @@
+"""Counters of the shipped Triton kernel against hand arithmetic: a VGG layer, 14x14 pixels, 256 -> 256 channels, fp16.
+
+The kernel reads each tile of pixels once for each tile of channels, and copies two k-steps ahead, also past the last
+one (nothing is read then, but zeros are written to shared memory).
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed, whose kernels are looked at")
+from tests.virtual_gpu import launch
+from tests.virtual_gpu.counters import GPUS, Counters, Row, predict
+from vgg_fast import reference, testing
+from vgg_fast.kernels import conv3x3
+
+SIZE, CHANNELS = 14, 256
+
+
+def counted(sm: int, pool: bool) -> tuple[Counters, dict[str, int]]:
+    """The layer's counters, after a look at its result, and the kernel's constants."""
+    x = testing.integer_tensor(1, CHANNELS, SIZE, SIZE, limit=2).half().contiguous(memory_format=torch.channels_last)
+    weight = testing.integer_tensor(CHANNELS, CHANNELS, 3, 3, limit=1).half()
+    affine = torch.stack([torch.full([CHANNELS], 2.0**-6), torch.zeros(CHANNELS)])
+    side = SIZE // 2 if pool else SIZE
+    out = torch.empty(1, CHANNELS, side, side, dtype=x.dtype).contiguous(memory_format=torch.channels_last)
+    constants = conv3x3.constants(x.dtype, CHANNELS, CHANNELS, relu=True, pool=pool)
+    tensors = {"x_ptr": x, "weight_ptr": conv3x3.layout(weight), "affine_ptr": affine, "out_ptr": out}
+    grid = [math.ceil(SIZE * SIZE / constants["BM"]) * math.ceil(CHANNELS / constants["BN"])]
+    counters = Counters()
+    arguments = tensors | {"N": 1, "H": SIZE, "W": SIZE} | constants
+    launch(conv3x3._conv3x3_kernel, grid, arguments, outputs=["out_ptr"], target=sm, observer=counters)
+    expected = reference.conv3x3(x.float(), weight.float(), relu=True, pool=pool) * 2.0**-6
+    assert torch.equal(out, expected.half())
+    assert counters.ctas == grid[0]
+    return counters, constants
+
+
+def of(counters: Counters, op: str) -> Row:
+    total = Row()
+    for row in counters.rows.values():
+        if row.op.startswith(op):
+            total.add(row)
+    assert total.issues > 0, f"no instruction begins with {op}"
+    return total
+
+
+@pytest.mark.parametrize("pool", [False, True], ids=["", "pool"])
+@pytest.mark.parametrize("sm", [80, 90])
+def test_conv3x3(sm: int, pool: bool) -> None:
+    counters, c = counted(sm, pool)
+    tiles, warps, steps = counters.ctas, c["num_warps"], 9 * CHANNELS // c["BK"]
+    assert (tiles, warps, steps) == (8, 4, 36)
+    total, copies, stores = counters.total, of(counters, "cp.async.cg"), of(counters, "st.global")
+
+    # The tensor cores multiply whole tiles, those past the last pixel too.
+    products = of(counters, "mma.sync" if sm == 80 else "wgmma.mma_async")
+    assert total.flops == products.flops == tiles * steps * 2 * c["BM"] * c["BN"] * c["BK"]
+
+    # 128 bytes to a wavefront: none is lost to a bank conflict, in the epilogue neither.
+    tile_bytes = (c["BM"] + c["BN"]) * c["BK"] * 2
+    assert copies.wavefronts == tiles * (steps + 2) * tile_bytes // 128
+    assert total.wavefronts == total.wavefronts_ideal
+    if sm == 80:  # two by two warps: each reads the tile's half of the pixels and of the channels, 512 bytes at a time
+        matrices = tile_bytes // 2 // 512
+        assert of(counters, "ldmatrix").issues == tiles * warps * (steps * matrices + matrices // 4)  # one of 4 ahead
+        assert of(counters, "ldmatrix").wavefronts == 4 * of(counters, "ldmatrix").issues
+    else:  # wgmma.m64n64k16 reads 64 x 16 elements of both operands
+        assert products.wavefronts == tiles * steps * (c["BM"] // 64) * (c["BK"] // 16) * (64 + c["BN"]) * 32 // 128
+
+    # 32 bytes to a sector; a tap is outside the image for one row or column of pixels in three of nine cases each.
+    inside = (SIZE + 2 * (SIZE - 1)) ** 2  # pixels x taps
+    columns = CHANNELS // c["BN"]
+    pixels = inside * CHANNELS * 2 * columns
+    weights = tiles * steps * c["BN"] * c["BK"] * 2
+    assert copies.sectors == copies.sectors_ideal == (pixels + weights) // 32
+    outputs = SIZE * SIZE // (4 if pool else 1) * CHANNELS
+    assert stores.sectors == stores.sectors_ideal == outputs * 2 // 32
+
+    # Memory sees everything once: x, weights, scale and shift; the outputs.
+    assert counters.read.bytes == (SIZE * SIZE * CHANNELS + 9 * CHANNELS * CHANNELS) * 2 + 2 * CHANNELS * 4
+    assert counters.written.bytes == outputs * 2
+
+
+def test_prediction() -> None:
+    """On A100 each of the 8 CTAs has an SM. A k-step takes 512 clocks of the tensor cores, but 192 wavefronts for the
+    copies and 384 for ldmatrix: 64 output channels are too few, as each warp reads its 64 pixels for 32 of them."""
+    counters, c = counted(80, pool=False)
+    gpu, steps = GPUS["A100"], 36
+    got = predict(counters, gpu, registers=188, shared_bytes=49_152)
+    assert got.times["tensor"] == pytest.approx(steps * 512 / gpu.clock)
+    epilogue = 2 * c["BM"] * c["BN"] * 2 // 128  # out to shared memory and back
+    ahead = 2 * 192 + 384 // 4
+    assert got.times["shared"] == pytest.approx((steps * (192 + 384) + ahead + epilogue) / gpu.clock)
+    assert got.bound == "shared"
+    assert got.busy == 8 / 108
+    assert got.occupancy == 2 * 4 / 64
