@@ -1,4 +1,4 @@
-"""A virtual GPU: runs the PTX that Triton and nvcc make, on the CPU, and checks every access. See docs/virtual-gpu.md."""
+"""A virtual GPU: runs the PTX of Triton and nvcc on the CPU and checks every access; see docs/virtual-gpu.md."""
 
 from tests.virtual_gpu.launch import Entry, Mapped, launch, ptx_entry, triton_entry
 from tests.virtual_gpu.machine import KernelError

@@ -1,8 +1,8 @@
 """Arithmetic: what each thread computes from its own registers. One builder per opcode family, by name in ALU.
 
-A builder gets the instruction and a way to read operands (:class:`Sources`), and returns ``compute(R)``: the new value of
-the destination for all threads, from the registers. Rounding is to nearest even and exact, also of ``fma``; NaN results
-are whatever NumPy makes, never to be compared by their bits.
+A builder gets the instruction and a way to read operands (:class:`Sources`), and returns ``compute(R)``: the new value
+of the destination for all threads, from the registers. Rounding is to nearest even and exact, also of ``fma``; NaN
+results are whatever NumPy makes, never to be compared by their bits.
 """
 
 from __future__ import annotations
@@ -17,8 +17,18 @@ from tests.virtual_gpu.parse import Immediate, Instruction, Negated, PtxError, R
 Array = Any  # NumPy array over threads, or a scalar of the same type
 Compute = Callable[[list[np.ndarray]], Array]
 
-TYPES: dict[str, Any] = {f"{kind}{8 * n}": np.dtype(f"{code}{n}") for kind, code in (("u", "u"), ("b", "u"), ("s", "i")) for n in (1, 2, 4, 8)}
-TYPES |= {"f16": np.dtype("f2"), "f32": np.dtype("f4"), "f64": np.dtype("f8"), "bf16": np.dtype("u2"), "pred": np.dtype("?")}
+TYPES: dict[str, Any] = {
+    f"{kind}{8 * n}": np.dtype(f"{code}{n}")
+    for kind, code in (("u", "u"), ("b", "u"), ("s", "i"))
+    for n in (1, 2, 4, 8)
+}
+TYPES |= {
+    "f16": np.dtype("f2"),
+    "f32": np.dtype("f4"),
+    "f64": np.dtype("f8"),
+    "bf16": np.dtype("u2"),
+    "pred": np.dtype("?"),
+}
 _PACKED = {"f16x2": "f16", "bf16x2": "bf16"}
 WIDER = {np.dtype(f"{k}{n}"): np.dtype(f"{k}{2 * n}") for k in "ui" for n in (1, 2, 4)}
 
@@ -45,7 +55,9 @@ class Sources:
             return lambda R: ~positive(R)
         if not isinstance(operand, Register | Special):
             raise PtxError(f"operand {operand} does not fit here")
-        slot, size = (operand.slot, _size(operand)) if isinstance(operand, Register) else (self.specials(operand.name), 4)
+        slot, size = (
+            (operand.slot, _size(operand)) if isinstance(operand, Register) else (self.specials(operand.name), 4)
+        )
         if size == dtype.itemsize:
             if dtype.kind in "ub":
                 return lambda R: R[slot]
@@ -254,7 +266,7 @@ _simple("xor", np.bitwise_xor)
 _simple("not", np.invert)
 _simple("neg", np.negative)
 _simple("abs", np.abs)
-_simple("rcp", lambda x: (x.dtype.type(1) / x))
+_simple("rcp", lambda x: x.dtype.type(1) / x)
 _simple("sqrt", np.sqrt)
 _simple("rsqrt", lambda x: x.dtype.type(1) / np.sqrt(x))
 _simple("ex2", np.exp2)

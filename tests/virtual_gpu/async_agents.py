@@ -1,7 +1,7 @@
 """What goes on beside the threads: asynchronous copies and matrix products, in groups that a thread waits for.
 
-An agent *moves* its data at some moment between its issue and the wait, and is *finished* by the wait. The schedule says
-when it moves: ``latest`` in the wait itself, ``earliest`` at once, ``random`` in between. Until it has moved, its
+An agent *moves* its data at some moment between its issue and the wait, and is *finished* by the wait. The schedule
+says when it moves: ``latest`` in the wait itself, ``earliest`` at once, ``random`` in between. Until it has moved, its
 destination is poisoned with NaN, and until it is finished the race detector lets nobody touch what it uses.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.virtual_gpu.memory import POISON, WORDS
+from tests.virtual_gpu.memory import WORDS
 
 SCHEDULES = ("latest", "earliest", "random")
 
@@ -128,8 +128,7 @@ class Agents:
         if self.schedule == "earliest":
             agent.move()
         else:
-            size = agent.size
-            self.machine.shared.view[size][agent.offsets // size] = np.full(size, POISON, np.uint8).view(WORDS[size])[0]
+            self.machine.shared.poison(agent.offsets, agent.size)
         self.copies.issue(agent)
 
     def issue_store(self, agent: Agent) -> None:

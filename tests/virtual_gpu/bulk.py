@@ -18,8 +18,8 @@ _U32 = np.dtype("u4")
 class Mbarrier:
     """The mbarriers of all CTAs at one shared address.
 
-    A phase is complete when ``pending`` arrivals and ``bytes`` of copies are both down to zero. ``clocks`` collects what
-    those who arrive know; ``done`` is what it was when the last phase completed: what a waiting thread learns.
+    A phase is complete when ``pending`` arrivals and ``bytes`` of copies are both down to zero. ``clocks`` collects
+    what those who arrive know; ``done`` is what it was when the last phase completed: what a waiting thread learns.
     """
 
     def __init__(self, machine: Any, address: int, column: int) -> None:
@@ -115,10 +115,18 @@ def _init(code: Code, i: Instruction) -> Step:
     return run
 
 
-@op("mbarrier.arrive", "mbarrier.expect_tx", "mbarrier.arrive_drop")
+@op("mbarrier.arrive", "mbarrier.expect_tx")
 def _arrive(code: Code, i: Instruction) -> Step:
-    unknown = set(i.parts[1:]) - {"arrive", "expect_tx", "shared", "shared::cta", "b64", "release", "relaxed", "cta", "noComplete"}
-    if unknown:
+    if unknown := set(i.parts[1:]) - {
+        "arrive",
+        "expect_tx",
+        "shared",
+        "shared::cta",
+        "b64",
+        "release",
+        "relaxed",
+        "cta",
+    }:
         raise PtxError(f"{i.op}: .{min(unknown)} is not supported")
     expects, arrives = "expect_tx" in i.parts, "arrive" in i.parts
     at = next(n for n, operand in enumerate(i.operands) if isinstance(operand, Memory))
@@ -179,11 +187,20 @@ class BulkLoad:
     """Bytes on their way to shared memory, for one or more CTAs; ``finish`` tells the mbarrier."""
 
     def __init__(self, m: Any, lanes: np.ndarray, offsets: np.ndarray, words: np.ndarray, barrier: Mbarrier) -> None:
-        self.m, self.ctas, self.offsets, self.words, self.barrier, self.pc = m, m.cta_of[lanes], offsets, words, barrier, m.pc
+        self.m, self.ctas, self.offsets, self.words, self.barrier, self.pc = (
+            m,
+            m.cta_of[lanes],
+            offsets,
+            words,
+            barrier,
+            m.pc,
+        )
         self.unit = words.dtype.itemsize
         m.race.issue_copy(offsets.ravel(), self.unit, np.repeat(m.warp_of[lanes], offsets.shape[1]), m.pc, proxy=True)
         if m.schedule != "earliest":
-            m.shared.view[self.unit][offsets // self.unit] = np.full(self.unit, POISON, np.uint8).view(WORDS[self.unit])[0]
+            m.shared.view[self.unit][offsets // self.unit] = np.full(self.unit, POISON, np.uint8).view(
+                WORDS[self.unit]
+            )[0]
 
     def finish(self) -> None:
         self.m.shared.view[self.unit][self.offsets // self.unit] = self.words
@@ -194,8 +211,17 @@ class BulkLoad:
 class BulkStore(Agent):
     """Bytes on their way from shared to global memory."""
 
-    def __init__(self, m: Any, lanes: np.ndarray, offsets: np.ndarray, targets: np.ndarray, inside: Any, unit: int) -> None:
-        self.m, self.lanes, self.offsets, self.targets, self.inside, self.unit = m, lanes, offsets, targets, inside, unit
+    def __init__(
+        self, m: Any, lanes: np.ndarray, offsets: np.ndarray, targets: np.ndarray, inside: Any, unit: int
+    ) -> None:
+        self.m, self.lanes, self.offsets, self.targets, self.inside, self.unit = (
+            m,
+            lanes,
+            offsets,
+            targets,
+            inside,
+            unit,
+        )
         self.pc, self.warps = m.pc, m.warp_of[lanes][:, None]
         granules = m.race.granules(offsets.ravel(), unit).reshape(len(lanes), -1)
         self.cells = np.stack([np.unique(row) for row in granules])

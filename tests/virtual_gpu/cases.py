@@ -113,7 +113,13 @@ def nvcc_ptx(source: Path, architecture: str) -> str:
 
 
 def cuda_conv3x3(
-    x: Tensor, weight: Tensor, affine: Tensor, relu: bool = False, pool: bool = False, target: str = "80", **options: Any
+    x: Tensor,
+    weight: Tensor,
+    affine: Tensor,
+    relu: bool = False,
+    pool: bool = False,
+    target: str = "80",
+    **options: Any,
 ) -> Tensor:
     """csrc/cuda/conv3x3.cu, the plain kernel; arguments as :func:`triton_conv3x3`."""
     (n, cin, h, w), cout = x.shape, weight.shape[0]

@@ -1,8 +1,9 @@
 """Instructions -> closures ("steps") over a machine. An unknown opcode is an error here, before anything runs.
 
 A step takes the machine, does its work for the threads that execute, and returns None to go on with the next
-instruction, or the pc to go on at. Builders of steps register themselves in OPS by a prefix of the opcode; those of warp
-and asynchronous instructions are in warp_ops.py and async_ops.py, plain arithmetic is in alu.py and bits.py.
+instruction, or the pc to go on at. Builders of steps register themselves in OPS by a prefix of the opcode: control flow
+and memory here, warps in warp_ops.py, asynchronous ones in async_ops.py, bulk.py and wgmma.py. Plain arithmetic is in
+alu.py and bits.py.
 """
 
 from __future__ import annotations
@@ -145,7 +146,21 @@ def pick(values: np.ndarray, lanes: np.ndarray | None) -> np.ndarray:
 # Loads and stores
 
 _SPACES = ("global", "shared", "shared::cta", "param", "local", "const")
-_ORDER = {"volatile", "relaxed", "acquire", "release", "acq_rel", "cta", "cluster", "gpu", "sys", "weak", "nc", "ca", "cg"}
+_ORDER = {
+    "volatile",
+    "relaxed",
+    "acquire",
+    "release",
+    "acq_rel",
+    "cta",
+    "cluster",
+    "gpu",
+    "sys",
+    "weak",
+    "nc",
+    "ca",
+    "cg",
+}
 _ORDER |= {"cs", "cv", "lu", "wb", "wt", "async"}
 
 
@@ -238,7 +253,9 @@ def _store(code: Code, i: Instruction) -> Step:
         lanes = m.lanes()
         addresses = pick(address(m), lanes)
         columns = [pick(np.broadcast_to(read(m.R), m.threads), lanes) for read in reads]
-        values = (np.stack(columns, axis=1) if count > 1 else np.ascontiguousarray(columns[0])).view(WORDS[size]).ravel()
+        values = (
+            (np.stack(columns, axis=1) if count > 1 else np.ascontiguousarray(columns[0])).view(WORDS[size]).ravel()
+        )
         shared = in_shared(space, addresses)
         if shared is None:
             m.memory.store(addresses.astype(np.uint64, copy=False), values, size)
@@ -325,7 +342,9 @@ def _move(code: Code, i: Instruction) -> Step:
             m.R[new] = m.R[old] if m.mask is None else np.where(m.mask, m.R[old], m.R[new])
 
         return copy
-    return code.assign(target, source.read(value, TYPES[target.type] if kind.kind == "b" else np.dtype(f"u{kind.itemsize}")))
+    return code.assign(
+        target, source.read(value, TYPES[target.type] if kind.kind == "b" else np.dtype(f"u{kind.itemsize}"))
+    )
 
 
 @op("cvta")

@@ -112,8 +112,12 @@ def _triton_tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def triton_entry(kernel: Any, arguments: Mapping[str, Any], target: int) -> Entry:
-    """Compiles a ``@triton.jit`` function as a launch with these arguments would, for compute capability ``target``."""
+def compile_triton(kernel: Any, arguments: Mapping[str, Any], target: int) -> tuple[Any, tuple[str, ...]]:
+    """Compiles a ``@triton.jit`` function as a launch with these arguments would, for compute capability ``target``.
+
+    Returns:
+        Triton's compiled kernel, and the names of the arguments that it still takes.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
@@ -133,7 +137,12 @@ def triton_entry(kernel: Any, arguments: Mapping[str, Any], target: int) -> Entr
             attributes[(n,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = compile(source, target=GPUTarget("cuda", target, 32), options=options)
-    layout = tuple(name for name in names if signature[name] != "constexpr")
+    return compiled, tuple(name for name in names if signature[name] != "constexpr")
+
+
+def triton_entry(kernel: Any, arguments: Mapping[str, Any], target: int) -> Entry:
+    """The entry of a ``@triton.jit`` function; arguments as for :func:`launch`."""
+    compiled, layout = compile_triton(kernel, arguments, target)
     code = Code(next(iter(parse(compiled.asm["ptx"]).values())))
     return Entry(code, compiled.metadata.shared, layout, tuple(compiled.metadata.tensordesc_meta or ()))
 
@@ -150,8 +159,6 @@ def _triton_type(value: Any) -> str:
     if isinstance(value, float):
         return "fp32"
     return "i32" if -(2**31) <= value < 2**31 else "i64"
-
-
 
 
 def launch(
@@ -202,8 +209,7 @@ def launch(
         return memory.allocate(name, roles[0] if roles else "input", flat, tensor.element_size())
 
     values = [(name, args[name]) for name in entry.layout] if entry.layout else list(_named(args))
-    values = list(_expand_descriptors(values, list(entry.descriptors), place))
-    parameters, maps = _pack(code, values, place)
+    parameters, maps = _pack(code, list(_placed(values, list(entry.descriptors), place)))
     memory.seal()
     shape = (*grid, 1, 1)[:3]
     threads = int(np.prod(block)) if block else code.kernel.threads
@@ -211,7 +217,8 @@ def launch(
         raise ValueError(f"{threads} threads in a CTA: give block=(x, y, z), a multiple of 32 in all")
     dynamic = entry.shared_bytes if shared_bytes is None else shared_bytes
     shared = code.kernel.shared_bytes + dynamic
-    run = Launch(shape, (*(block or (threads,)), 1, 1)[:3], parameters, schedule, np.random.default_rng(seed), observer, maps)
+    random = np.random.default_rng(seed)
+    run = Launch(shape, (*(block or (threads,)), 1, 1)[:3], parameters, schedule, random, observer, maps)
     if observer is not None:
         observer.begin(code.kernel, shape, threads)
     positions = np.stack(np.unravel_index(np.arange(int(np.prod(shape))), shape[::-1])[::-1], axis=1)
@@ -233,7 +240,8 @@ def _storage(tensor: Tensor) -> np.ndarray:
     """The bytes of a dense tensor in the order of its memory, writable."""
     dense = tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
     if tensor.is_cuda or not dense:
-        raise ValueError(f"a {tuple(tensor.shape)} tensor on {tensor.device} with strides {tensor.stride()}: dense on CPU only")
+        what = f"a {tuple(tensor.shape)} tensor on {tensor.device} with strides {tensor.stride()}"
+        raise ValueError(f"{what}; expected a dense one on the CPU")
     return _in_memory_order(tensor).detach().reshape(-1).view(torch.uint8).numpy()
 
 
@@ -246,50 +254,49 @@ def _named(args: Sequence[Any]) -> Any:
         yield (value[0].__name__ if isinstance(value, tuple) else f"argument {n}"), value
 
 
-def _expand_descriptors(values: list[tuple[str, Any]], decided: list[dict[str, Any]], place: Any) -> Any:
-    """A Triton tensor descriptor is a tensor map, its shape and its strides, as the launcher passes them."""
+def _placed(values: list[tuple[str, Any]], decided: list[dict[str, Any]], place: Any) -> Any:
+    """Arguments with tensors replaced by their addresses: numbers, bytes of structures, and tensor maps.
+
+    A Triton tensor descriptor becomes a tensor map, its shape and its strides, as Triton's launcher passes them.
+    """
     for name, value in values:
-        if isinstance(value, Mapped):
-            value = value.at(place(name, value.tensor))
-        if not hasattr(value, "block_shape"):
+        if isinstance(value, Tensor):
+            yield name, place(name, value)
+        elif isinstance(value, tuple):
+            structure, fields = value
+            yield name, bytes(structure(**{k: place(k, v) if isinstance(v, Tensor) else v for k, v in fields.items()}))
+        elif isinstance(value, Mapped):
+            yield name, value.at(place(name, value.tensor))
+        elif hasattr(value, "block_shape"):
+            meta, size = decided.pop(0), value.base.element_size()
+            strides = tuple(stride * size for stride in value.strides[-2::-1])
+            box, swizzle = tuple(meta["block_size"][::-1]), (0, 32, 64, 128)[meta["swizzle"]]
+            sizes, address = tuple(value.shape[::-1]), place(name, value.base)
+            yield name, TensorMap(address, size, sizes, strides, box, swizzle=swizzle)
+            yield from ((f"{name}.shape", size) for size in value.shape)
+            yield from ((f"{name}.strides", stride) for stride in value.strides)
+        else:
             yield name, value
-            continue
-        meta, size = decided.pop(0), value.base.element_size()
-        strides = tuple(stride * size for stride in value.strides[-2::-1])
-        box, swizzle = tuple(meta["block_size"][::-1]), (0, 32, 64, 128)[meta["swizzle"]]
-        yield name, TensorMap(place(name, value.base), size, tuple(value.shape[::-1]), strides, box, swizzle=swizzle)
-        yield from ((f"{name}.shape", size) for size in value.shape)
-        yield from ((f"{name}.strides", stride) for stride in value.strides)
 
 
-def _pack(code: Code, values: list[tuple[str, Any]], place: Any) -> tuple[bytes, dict[int, Any]]:
+def _pack(code: Code, values: list[tuple[str, Any]]) -> tuple[bytes, dict[int, Any]]:
     """The parameter block; tensor maps are left out of it and returned by their offset."""
     declared = code.kernel.parameters
     if len(values) > len(declared):
         raise ValueError(f"{code.name} has {len(declared)} parameters, {len(values)} were given")
-    size = max((p.offset + p.size for p in declared), default=0)
-    data, maps = bytearray(size), {}
+    data, maps = bytearray(max((p.offset + p.size for p in declared), default=0)), {}
     for (name, value), parameter in zip(values, declared, strict=False):
-        if isinstance(value, tuple):
-            structure, fields = value
-            packed = structure(**{k: place(k, v) if isinstance(v, Tensor) else v for k, v in fields.items()})
-            raw = bytes(packed)
-        elif isinstance(value, Tensor):
-            raw = struct.pack("<Q", place(name, value))
-        elif isinstance(value, int | float):
-            raw = _number(value, parameter.type, parameter.size)
-        else:
+        if isinstance(value, TensorMap):
             maps[parameter.offset] = value
             continue
+        raw = value if isinstance(value, bytes) else _number(value, parameter.size)
         if len(raw) != parameter.size:
             raise ValueError(f"{name}: {len(raw)} bytes for {parameter.name}, which has {parameter.size}")
         data[parameter.offset : parameter.offset + parameter.size] = raw
     return bytes(data), maps
 
 
-def _number(value: float, kind: str, size: int) -> bytes:
+def _number(value: float, size: int) -> bytes:
     if isinstance(value, float):
         return struct.pack("<f" if size == 4 else "<d", value)
     return (value & ((1 << 8 * size) - 1)).to_bytes(size, "little")
-
-

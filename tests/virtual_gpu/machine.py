@@ -1,9 +1,9 @@
 """Runs a chunk of CTAs: one dispatch of an instruction serves every thread that is at it.
 
-Threads at the same pc form a group, ``mask`` says which (None: all). The group with the lowest pc runs until it branches
-apart, passes another group, or blocks; groups that meet become one. A thread blocks at a barrier or at an mbarrier whose
-phase is not complete. Only when every group is blocked must an asynchronous agent (a copy by the async proxy) take place:
-that is the latest legal moment. When all is blocked and no agent is left, it is a deadlock.
+Threads at the same pc form a group, ``mask`` says which (None: all). The group with the lowest pc runs until it
+branches apart, passes another group, or blocks; groups that meet become one. A thread blocks at a barrier or at an
+mbarrier whose phase is not complete. Only when every group is blocked must a copy by the async proxy take place: that
+is its latest legal moment. When all is blocked and no copy is left, it is a deadlock.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ class Machine:
         return self.pc + 1 if arrive else GONE
 
     def wait(self, ready: Callable[[np.ndarray], np.ndarray]) -> int:
-        """Blocks the threads for which ``ready`` (full width) is false; each executes the instruction again when true."""
+        """Blocks the executing threads; those for which ``ready`` becomes true execute the instruction again."""
         mask = np.ones(self.threads, bool) if self.mask is None else self.mask
         self._waiting.append(Waiting(self.pc, mask, self.pc, ready=ready))
         return GONE

@@ -26,9 +26,8 @@ from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
+from tests.virtual_gpu.launch import compile_triton
 from vgg_fast.kernels import conv3x3, maxpool2x2
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,35 +95,28 @@ class Row:
     k_step: float | None
 
 
-def triton_sources() -> Iterator[tuple[str, str, bool, ASTSource, dict[str, int]]]:
-    """Kernel, configuration, pool, source and options of every Triton row."""
+def triton_launches() -> Iterator[tuple[str, str, bool, Any, dict[str, Any]]]:
+    """Name, configuration, pool, function and arguments of every Triton row. 7: a size of which nothing is known."""
+
+    def tensors(dtype: torch.dtype, *names: str) -> dict[str, Any]:
+        return dict.fromkeys(names, torch.empty(0, dtype=dtype))
+
     for dtype, cin, cout, pool in CONV3X3:
         constants = conv3x3.constants(dtype, cin, cout, relu=True, pool=pool)
-        options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
-        pointers = dict.fromkeys(("x_ptr", "weight_ptr", "out_ptr"), dtype) | {"affine_ptr": torch.float32}
         tile = "x".join(str(constants[name]) for name in ("BM", "BN", "BK"))
-        source = triton_source(conv3x3._conv3x3_kernel, pointers, constants)
-        yield "triton conv3x3", f"{DTYPES[dtype]} {cin}->{cout} in {tile}", pool, source, options
+        arguments = tensors(dtype, "x_ptr", "weight_ptr", "out_ptr") | tensors(torch.float32, "affine_ptr")
+        arguments |= {"N": 7, "H": 7, "W": 7} | constants
+        yield "triton conv3x3", f"{DTYPES[dtype]} {cin}->{cout} in {tile}", pool, conv3x3._conv3x3_kernel, arguments
     for dtype, channels in MAXPOOL2X2:
-        constants = maxpool2x2.constants(channels)
-        source = triton_source(maxpool2x2._maxpool2x2_kernel, dict.fromkeys(("x_ptr", "out_ptr"), dtype), constants)
-        yield "triton maxpool2x2", f"{DTYPES[dtype]} {channels}", True, source, {"num_warps": 4}
+        arguments = tensors(dtype, "x_ptr", "out_ptr") | {"ROWS": 7, "H": 7, "W": 7} | maxpool2x2.constants(channels)
+        arguments |= {"num_warps": 4}
+        yield "triton maxpool2x2", f"{DTYPES[dtype]} {channels}", True, maxpool2x2._maxpool2x2_kernel, arguments
 
 
-def triton_source(kernel: Any, pointers: dict[str, torch.dtype], constants: dict[str, Any]) -> ASTSource:
-    """The kernel with 16-byte aligned pointers, as PyTorch's allocator hands them out, and 32-bit sizes."""
-    types = {name: f"*{DTYPES[dtype]}" for name, dtype in pointers.items()}
-    signature = {name: types.get(name, "constexpr" if name in constants else "i32") for name in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in pointers}
-    return ASTSource(kernel, signature, constants, aligned)
-
-
-def triton_rows(sm: int) -> Iterator[Row]:
-    for kernel, configuration, pool, source, options in triton_sources():
-        compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
-        shared = compiled.metadata.shared  # dynamic: the cubin does not know
-        (row,) = rows_of(compiled.asm["cubin"], kernel, sm, threads=32 * options["num_warps"])
-        yield Row(**row | {"configuration": configuration, "pool": pool, "shared": shared})
+def triton_row(sm: int, name: str, configuration: str, pool: bool, compiled: Any) -> Row:
+    (row,) = rows_of(compiled.asm["cubin"], name, sm, threads=32 * compiled.metadata.num_warps)
+    shared = compiled.metadata.shared  # dynamic: the cubin does not know
+    return Row(**row | {"configuration": configuration, "pool": pool, "shared": shared})
 
 
 def cuda_rows(sm: int) -> Iterator[Row]:
@@ -278,9 +270,14 @@ def main() -> None:
     parser.add_argument("sms", nargs="*", type=int, default=TRITON_SMS, help="architectures; default: %(default)s")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    with ThreadPoolExecutor(1) as pool:  # nvcc beside Triton
+    with ThreadPoolExecutor(2) as pool:  # nvcc and the disassembler beside Triton, which compiles in this thread
         cuda = pool.submit(lambda: [row for sm in options.sms if sm in CUDA_SMS for row in cuda_rows(sm)])
-        rows = [row for sm in options.sms for row in triton_rows(sm)] + cuda.result()
+        jobs = [
+            pool.submit(triton_row, sm, name, configuration, pooled, compile_triton(function, arguments, sm)[0])
+            for sm in options.sms
+            for name, configuration, pooled, function, arguments in triton_launches()
+        ]
+        rows = [job.result() for job in jobs] + cuda.result()
     print(json.dumps([asdict(row) for row in rows]) if options.json else table(rows))
 
 

@@ -1,7 +1,7 @@
 """Global and shared memory: flat byte arrays behind the checks that hardware does not make.
 
-Global addresses are ``GLOBAL_BASE`` + offset into one buffer, every tensor between two guard zones. Shared memory is one
-row per CTA of the chunk. Both are read and written by vectors of addresses; a check looks at all of them at once.
+Global addresses are ``GLOBAL_BASE`` + offset into one buffer, every tensor between two guard zones. Shared memory is
+one row per CTA of the chunk. Both are read and written by vectors of addresses; a check looks at all of them at once.
 """
 
 from __future__ import annotations
@@ -120,7 +120,9 @@ class GlobalMemory:
             if not known.all():
                 bad = int(np.flatnonzero(known == 0)[0]) // size
                 address = GLOBAL_BASE + int(offsets[bad])
-                message = f"load of {size} bytes at {address:#x}: byte {self._name(int(offsets[bad]))} was never written"
+                message = (
+                    f"load of {size} bytes at {address:#x}: byte {self._name(int(offsets[bad]))} was never written"
+                )
                 raise Fault("uninitialised", message, bad)
         return self.view[size][index]
 
@@ -132,7 +134,9 @@ class GlobalMemory:
         roles = {found.role} if found else {self.allocations[i].role for i in np.unique(where)}
         if "input" in roles:
             bad = next(i for i, o in enumerate(offsets) if self._at(int(o)).role == "input")
-            message = f"store to byte {self._name(int(offsets[bad]))}, which is an input (name it in outputs or scratch)"
+            message = (
+                f"store to byte {self._name(int(offsets[bad]))}, which is an input (name it in outputs or scratch)"
+            )
             raise Fault("read only", message, bad)
         if "output" in roles:
             self._once(offsets, index, size, scratch="scratch" in roles)
@@ -202,6 +206,9 @@ class SharedMemory:
         self.stride = -(-self.end // 1024) * 1024
         self.data = np.full(ctas * self.stride, POISON, np.uint8)
         self.view = _views(self.data)
+
+    def poison(self, offsets: np.ndarray, size: int) -> None:
+        self.view[size][offsets // size] = np.full(size, POISON, np.uint8).view(WORDS[size])[0]
 
     def flat(self, base: np.ndarray, addresses: np.ndarray, size: int, align: int = 0) -> np.ndarray:
         """Byte offsets into ``data``; ``base`` is ``cta * stride`` of each access.

@@ -1,4 +1,4 @@
-"""PTX text -> typed instructions: registers in numbered slots, resolved labels, parameters, shared memory, source lines.
+"""PTX text -> typed instructions: registers in numbered slots, resolved labels, parameters, source lines.
 
 Only what compilers put into kernels is read: no device functions, no textures. Anything else is an error that names the
 line. The grammar is that of the "Parallel Thread Execution ISA" manual, chapters 4 and 5.
@@ -355,4 +355,3 @@ def _split(text: str) -> list[str]:
             start = i + 1
     items.append(text[start:].strip())
     return items if items != [""] else []
-

@@ -5,11 +5,11 @@ and Mattern's vector clocks; the shadow is that of FastTrack, Flanagan and Freun
 last write and the last read of every warp. An access races with a remembered one that its warp's clock does not cover.
 
 Agents beside the warps: IN_FLIGHT stands for any asynchronous write that was issued and not yet waited for, NEVER for
-memory not written at all; no clock ever covers these two. Finished copies of the async proxy are counted by the mbarrier
-they report to, in a column for each: to wait for one mbarrier says nothing about the copies of another.
+memory not written at all; no clock ever covers these two. Finished copies of the async proxy are counted by the
+mbarrier they report to, in a column for each: to wait for one mbarrier says nothing about the copies of another.
 
 What a thread wrote through the generic proxy (st, cp.async) is visible to the async proxy (wgmma, TMA) only after a
-``fence.proxy.async``: ``fenced`` is the clock as it stood at the last fence, and is handed on by barriers like the rest.
+``fence.proxy.async``: ``fenced`` is the clock as it stood at the last fence, handed on by barriers like the rest.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class RaceDetector:
         return self.first_copy + mbarrier % _COLUMNS
 
     def finish_tma(self, offsets: np.ndarray, size: int, ctas: np.ndarray, pc: int, column: int) -> np.ndarray:
-        """Copies into ``offsets [ctas, n]`` are complete; their epochs, which a waiting warp learns from the mbarrier."""
+        """Copies into ``offsets [ctas, n]`` are complete; their epochs: what a warp learns from the mbarrier."""
         self.copies[ctas, column] += 1
         epochs = self.copies[ctas, column]
         mark = epochs << _CLOCK | pc << _PC | column
@@ -163,7 +163,9 @@ class RaceDetector:
         if late.any():
             lane, column, agent = np.argwhere(late)[0]
             other = self._agent(int(agent))
-            reader = f"a load of {other}, no barrier in between" if agent < self.warps else "a wgmma or bulk copy's read"
+            reader = (
+                f"a load of {other}, no barrier in between" if agent < self.warps else "a wgmma or bulk copy's read"
+            )
             message = f"store races with {reader}: {self._place(int(warps[lane]), int(cells[lane, column]))}"
             pc = int(last[lane, column, agent]) & 0xFFFFFF
             raise Fault("race", f"{message}\nthe other access:\n  {self.describe(pc)}", int(lane))

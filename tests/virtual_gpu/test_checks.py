@@ -1,4 +1,4 @@
-"""Every check finds what it is for, and the report says where: one small wrong kernel each, and the right one beside it."""
+"""Every check finds what it is for, and the report says where: one small wrong kernel each, beside the right one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ COPY = "ld.global.u32 %r1, [%x]; st.global.u32 [%out], %r1;"
 OPPOSITE = "xor.b32 %r2, %at, 128;"
 EXCHANGE = f"ld.global.u32 %r1, [%x]; st.shared.u32 [%at], %r1; bar.sync 0; {OPPOSITE} ld.shared.u32 %r3, [%r2];"
 STORE = "st.global.u32 [%out], %r3;"
-ASYNC = f"cp.async.ca.shared.global [%at], [%x], 4; cp.async.commit_group; cp.async.wait_group 0; bar.sync 0; {OPPOSITE}"
+ASYNC = (
+    f"cp.async.ca.shared.global [%at], [%x], 4; cp.async.commit_group; cp.async.wait_group 0; bar.sync 0; {OPPOSITE}"
+)
 ASYNC += " ld.shared.u32 %r3, [%r2];"
 
 # One thread copies 256 bytes with the async proxy, everybody waits for the mbarrier behind it.
@@ -53,18 +55,18 @@ WRONG = {
     "no barrier before the next store": (
         EXCHANGE + STORE + "st.shared.u32 [%at], %r3;", "race", "a load of warp 1",
     ),
-    "two warps store to one place": (EXCHANGE.replace("st.shared.u32 [%at]", "st.shared.u32 [smem]"), "race", "two warps"),
-    "a barrier of one warp only": (EXCHANGE.replace("bar.sync 0", "add.u32 %r9, %warp, 1; bar.sync %r9, 32"), "race", ""),
+    "two warps store to one place": (EXCHANGE.replace(".u32 [%at]", ".u32 [smem]"), "race", "two warps"),
+    "a barrier of one warp only": (EXCHANGE.replace("bar.sync 0", "bar.sync %warp, 32"), "race", "no barrier"),
     "no wait for cp.async": (ASYNC.replace("wait_group 0", "wait_group 1"), "race", "nobody has waited for"),
     "no barrier after the wait": (ASYNC.replace("bar.sync 0;", ""), "race", "asynchronous copy|a store of"),
     "cp.async over what is being read": (
         EXCHANGE + "cp.async.ca.shared.global [%at], [%x], 4;", "race", "a load of warp 1",
     ),
-    "mbarrier not initialised": (BULK.replace("@%p1 mbarrier.init", "@!%p1 bra over; over: //"), "mbarrier", "not init"),
+    "mbarrier not initialised": (BULK.replace("@%p1 mbarrier.init", "@!%p1 bra over; over: //"), "mbarrier", "not"),
     "no wait for the mbarrier": (re.sub(r"\{.*\}", "", BULK), "race", "nobody has waited for|store of the async proxy"),
     "mbarrier expects too much": (BULK.replace("], 256;", "], 272;"), "deadlock", "0 arrivals and 16 bytes"),
     "mbarrier expects too little": (BULK.replace("], 256;", "], 240;"), "deadlock", "-16 bytes"),
-    "wait for the wrong phase": (BULK.replace("[%r11], 0; @!", "[%r11], 1; @!"), "race deadlock", "asynchronous|phase 1"),
+    "wait for the wrong phase": (BULK.replace("[%r11], 0; @!", "[%r11], 1; @!"), "race deadlock", "async|phase 1"),
     "too many arrivals": (BULK + "mbarrier.arrive.shared::cta.b64 _, [%r11];", "mbarrier", "more arrivals than the 1"),
     "barrier that half of the threads never reach": (
         "setp.lt.u32 %p1, %tid, 32; @%p1 bar.sync 1, 64; bar.sync 0;" + COPY, "deadlock", "32 threads .* wait",

@@ -6,13 +6,11 @@ one (nothing is read then, but zeros are written to shared memory).
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is not installed, whose kernels are looked at")
-from tests.virtual_gpu import launch
+from tests.virtual_gpu.cases import triton_conv3x3
 from tests.virtual_gpu.counters import GPUS, Counters, Row, predict
 from vgg_fast import reference, testing
 from vgg_fast.kernels import conv3x3
@@ -25,18 +23,11 @@ def counted(sm: int, pool: bool) -> tuple[Counters, dict[str, int]]:
     x = testing.integer_tensor(1, CHANNELS, SIZE, SIZE, limit=2).half().contiguous(memory_format=torch.channels_last)
     weight = testing.integer_tensor(CHANNELS, CHANNELS, 3, 3, limit=1).half()
     affine = torch.stack([torch.full([CHANNELS], 2.0**-6), torch.zeros(CHANNELS)])
-    side = SIZE // 2 if pool else SIZE
-    out = torch.empty(1, CHANNELS, side, side, dtype=x.dtype).contiguous(memory_format=torch.channels_last)
-    constants = conv3x3.constants(x.dtype, CHANNELS, CHANNELS, relu=True, pool=pool)
-    tensors = {"x_ptr": x, "weight_ptr": conv3x3.layout(weight), "affine_ptr": affine, "out_ptr": out}
-    grid = [math.ceil(SIZE * SIZE / constants["BM"]) * math.ceil(CHANNELS / constants["BN"])]
-    counters = Counters()
-    arguments = tensors | {"N": 1, "H": SIZE, "W": SIZE} | constants
-    launch(conv3x3._conv3x3_kernel, grid, arguments, outputs=["out_ptr"], target=sm, observer=counters)
+    layout, counters = weight.permute(0, 2, 3, 1).contiguous(), Counters()
+    out = triton_conv3x3(x, layout, affine, relu=True, pool=pool, target=sm, observer=counters)
     expected = reference.conv3x3(x.float(), weight.float(), relu=True, pool=pool) * 2.0**-6
     assert torch.equal(out, expected.half())
-    assert counters.ctas == grid[0]
-    return counters, constants
+    return counters, conv3x3.constants(x.dtype, CHANNELS, CHANNELS, relu=True, pool=pool)
 
 
 def of(counters: Counters, op: str) -> Row:

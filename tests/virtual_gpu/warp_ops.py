@@ -189,8 +189,9 @@ def _grid(code: Code, i: Instruction) -> tuple[int, Grid | None]:
     columns: dict[tuple[int, ...], int] = {}
     tiles: dict[tuple[int, int], tuple[Any, Any]] = {}
     written: set[int] = set()
+    groupable = ".f32.f16.f16" in i.op or ".f32.bf16.bf16" in i.op
     for n, other in enumerate(code.instructions[i.index :]):
-        if other.op != i.op or other.predicate or ".f32.f16.f16" not in i.op and ".f32.bf16.bf16" not in i.op:
+        if other.op != i.op or other.predicate or not groupable:
             break
         d, a, b, c = (slots(operand) for operand in other.operands)
         if written & {*a, *b, *c}:
@@ -210,9 +211,16 @@ def _mma_grid(m: Any, grid: Grid, a: str, b: str, warps: np.ndarray, lanes: np.n
     rows, columns, tiles = grid
     count = len(warps)
     left = np.concatenate([fragments(m, registers, warps) for registers in rows])
-    left = tensor.mma_a(left, a).reshape(len(rows), count, 16, -1).transpose(1, 0, 2, 3).reshape(count, 16 * len(rows), -1)
+    left = (
+        tensor.mma_a(left, a).reshape(len(rows), count, 16, -1).transpose(1, 0, 2, 3).reshape(count, 16 * len(rows), -1)
+    )
     right = np.concatenate([fragments(m, registers, warps) for registers in columns])
-    right = tensor.mma_b(right, b).reshape(len(columns), count, -1, 8).transpose(1, 2, 0, 3).reshape(count, left.shape[2], -1)
+    right = (
+        tensor.mma_b(right, b)
+        .reshape(len(columns), count, -1, 8)
+        .transpose(1, 2, 0, 3)
+        .reshape(count, left.shape[2], -1)
+    )
     product = np.matmul(left, right).reshape(count * len(rows), 16, -1)
     # [warp, row tile, lane, column tile, register] with the threads of a register side by side
     sums = tensor.mma_d(product, "f32").reshape(count, len(rows), 32, len(columns), 4).transpose(1, 3, 4, 0, 2)

@@ -113,7 +113,11 @@ class Product(Agent):
         adds = self.adds.all() or np.repeat(self.adds, 128)
         for n, old in enumerate(held.values):
             before = (old if self.lanes is None else old[self.lanes]).view(dtype)
-            total = before + words[n].view(dtype) if adds is True else np.where(adds, before + words[n].view(dtype), words[n].view(dtype))
+            total = (
+                before + words[n].view(dtype)
+                if adds is True
+                else np.where(adds, before + words[n].view(dtype), words[n].view(dtype))
+            )
             value = total.view(np.uint32)
             if self.lanes is not None:
                 whole = old.copy()
@@ -173,7 +177,9 @@ def _wgmma(code: Code, i: Instruction) -> Step:
         numbers.insert(0, 0)
     transposed = (bool(numbers[0]), bool(numbers[1])) if numbers else (False, False)
     n = int(shape[3:].partition("k")[0].lstrip("n"))
-    form = Form(slots(d_operand), slots(a) if in_registers else a.slot, b.slot, n, (d, a_kind, b_kind), signs, transposed)
+    form = Form(
+        slots(d_operand), slots(a) if in_registers else a.slot, b.slot, n, (d, a_kind, b_kind), signs, transposed
+    )
     read = code.sources(i).read(scale, np.dtype("?"))
     code.touches_shared(16)
 
