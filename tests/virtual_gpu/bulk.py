@@ -26,13 +26,27 @@ class Mbarrier:
         ctas, agents = len(machine.ctas), machine.race.agents
         self.machine, self.address, self.column = machine, address, column
         self.valid = np.zeros(ctas, bool)
+        self.initialised = np.zeros((ctas, 2), np.int64)  # by which warp, in which epoch
         self.expected, self.pending, self.bytes, self.phase = (np.zeros(ctas, np.int64) for _ in range(4))
         self.clocks, self.done = np.zeros((ctas, 2, agents), np.int64), np.zeros((ctas, 2, agents), np.int64)
 
-    def init(self, ctas: np.ndarray, count: np.ndarray) -> None:
+    def init(self, lanes: np.ndarray, count: np.ndarray) -> None:
+        ctas, warps = self.machine.cta_of[lanes], self.machine.warp_of[lanes]
         self.valid[ctas], self.bytes[ctas], self.phase[ctas] = True, 0, 0
         self.expected[ctas] = self.pending[ctas] = count
         self.clocks[ctas] = self.done[ctas] = 0
+        self.initialised[ctas] = np.stack([warps, self.machine.race.now(warps)], axis=1)
+
+    def check_usable(self, lanes: np.ndarray) -> None:
+        """These threads may use it: it is initialised, and they know so."""
+        ctas, race = self.machine.cta_of[lanes], self.machine.race
+        if not self.valid[ctas].all():
+            raise Fault("mbarrier", f"{self.name()} is not initialised", 0)
+        warp, epoch = self.initialised[ctas].T
+        late = np.flatnonzero(race.clock[self.machine.warp_of[lanes], warp % race.warps] < epoch)
+        if late.size:
+            by = f"warp {warp[late[0]] % race.warps} initialised it, no barrier in between"
+            raise Fault("race", f"{self.name()} is used, but {by}", int(late[0]))
 
     def arrive(self, lanes: np.ndarray, count: np.ndarray, expect: np.ndarray) -> None:
         """``expect`` more bytes, then ``count`` arrivals, of each of these threads."""
@@ -94,8 +108,8 @@ def _each(m: Any, addresses: np.ndarray, lanes: np.ndarray | None, checked: bool
         if barrier is None:
             column = m.race.copies_column(len(m.mbarriers))
             barrier = m.mbarriers[int(address)] = Mbarrier(m, int(address), column)
-        if checked and not barrier.valid[m.cta_of[here]].all():
-            raise Fault("mbarrier", f"{barrier.name()} is not initialised", 0)
+        if checked:
+            barrier.check_usable(here)
         yield barrier, here
 
 
@@ -110,7 +124,7 @@ def _init(code: Code, i: Instruction) -> Step:
                 barrier.check_over(m.cta_of[threads])
                 barrier.valid[m.cta_of[threads]] = False
             else:
-                barrier.init(m.cta_of[threads], np.broadcast_to(read(m.R), m.threads)[threads])
+                barrier.init(threads, np.broadcast_to(read(m.R), m.threads)[threads])
 
     return run
 

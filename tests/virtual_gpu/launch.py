@@ -32,12 +32,14 @@ class Entry:
     """An entry point ready to run, and what a launch must know of it.
 
     Attributes:
+        ptx: the text it comes from.
         shared_bytes: dynamic shared memory, unless the launch names another number.
         layout: the name of each argument in order, where it is known (Triton).
         descriptors: what Triton decided on each of its tensor descriptors, in order.
     """
 
     code: Code
+    ptx: str
     shared_bytes: int = 0
     layout: tuple[str, ...] = ()
     descriptors: tuple[dict[str, Any], ...] = ()
@@ -93,7 +95,7 @@ def ptx_entry(source: str | Path, name: str = "") -> Entry:
     found = [kernel for full, kernel in kernels.items() if name in full]
     if len(found) != 1:
         raise PtxError(f"{len(found)} entries fit {name!r}; there are: {', '.join(kernels)}")
-    return Entry(Code(found[0]))
+    return Entry(Code(found[0]), text)
 
 
 def _from_fatbin(path: Path) -> str:
@@ -144,7 +146,7 @@ def triton_entry(kernel: Any, arguments: Mapping[str, Any], target: int) -> Entr
     """The entry of a ``@triton.jit`` function; arguments as for :func:`launch`."""
     compiled, layout = compile_triton(kernel, arguments, target)
     code = Code(next(iter(parse(compiled.asm["ptx"]).values())))
-    return Entry(code, compiled.metadata.shared, layout, tuple(compiled.metadata.tensordesc_meta or ()))
+    return Entry(code, compiled.asm["ptx"], compiled.metadata.shared, layout, tuple(compiled.metadata.tensordesc_meta or ()))
 
 
 _TRITON_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32"}

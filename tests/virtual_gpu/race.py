@@ -48,13 +48,13 @@ class RaceDetector:
     def read(self, offsets: np.ndarray, size: int, warps: np.ndarray, pc: int) -> None:
         cells = self.granules(offsets, size)
         self._check_writes(cells, warps, "load", self.clock)
-        self.reads[cells, (warps % self.warps)[:, None]] = (self._now(warps) << _CLOCK | pc)[:, None]
+        self.reads[cells, (warps % self.warps)[:, None]] = (self.now(warps) << _CLOCK | pc)[:, None]
 
     def write(self, offsets: np.ndarray, size: int, warps: np.ndarray, pc: int) -> None:
         cells = self.granules(offsets, size)
         self._check_writes(cells, warps, "store", self.clock, store=True)
         self._check_reads(cells, warps)
-        mark = self._now(warps) << _CLOCK | pc << _PC | warps % self.warps
+        mark = self.now(warps) << _CLOCK | pc << _PC | warps % self.warps
         self.writes[cells] = mark[:, None]
         self._check_each_other(cells, mark, warps)
 
@@ -69,7 +69,7 @@ class RaceDetector:
     def finish_copy(self, offsets: np.ndarray, size: int, warps: np.ndarray, pc: int) -> None:
         """What a warp's cp.async wrote is from now on what the warp wrote."""
         cells = self.granules(offsets, size)
-        self.writes[cells] = (self._now(warps) << _CLOCK | pc << _PC | warps % self.warps)[:, None]
+        self.writes[cells] = (self.now(warps) << _CLOCK | pc << _PC | warps % self.warps)[:, None]
 
     def copies_column(self, mbarrier: int) -> int:
         """The agent that stands for copies reporting to the n-th mbarrier."""
@@ -94,7 +94,7 @@ class RaceDetector:
     def finish_read(self, cells: np.ndarray, warps: np.ndarray, pc: int) -> None:
         np.subtract.at(self.reads[:, -1], cells.ravel(), 1 << _CLOCK)
         for column in warps.T:
-            self.reads[cells, (column % self.warps)[:, None]] = (self._now(column) << _CLOCK | pc)[:, None]
+            self.reads[cells, (column % self.warps)[:, None]] = (self.now(column) << _CLOCK | pc)[:, None]
 
     # Synchronisation. ``warps`` are numbers within the chunk.
 
@@ -125,7 +125,7 @@ class RaceDetector:
         # The async proxy sees its own copies without a fence.
         self.fenced[warp, self.first_copy :] = self.clock[warp, self.first_copy :]
 
-    def _now(self, warps: np.ndarray) -> np.ndarray:
+    def now(self, warps: np.ndarray) -> np.ndarray:
         return self.clock[warps, warps % self.warps]
 
     # Checks.
