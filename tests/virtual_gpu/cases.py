@@ -37,16 +37,25 @@ def triton_conv3x3(
     """kernels/conv3x3.py on the virtual GPU; ``x`` channels_last, ``weight`` [Cout, 3, 3, Cin]."""
     from vgg_fast.kernels import conv3x3
 
+    grid, arguments = triton_conv3x3_launch(x, weight, affine, relu, pool)
+    entry = change(triton_entry(conv3x3._conv3x3_kernel, arguments, target))
+    launch(entry, grid, arguments, outputs=["out_ptr"], **options)
+    return arguments["out_ptr"]
+
+
+def triton_conv3x3_launch(
+    x: Tensor, weight: Tensor, affine: Tensor, relu: bool, pool: bool
+) -> tuple[tuple[int], dict[str, Any]]:
+    """Grid and arguments, an output among them."""
+    from vgg_fast.kernels import conv3x3
+
     (n, cin, h, w), cout = x.shape, weight.shape[0]
     out = channels_last(n, cout, h // 2 if pool else h, w // 2 if pool else w, dtype=x.dtype)
     constants = conv3x3.constants(x.dtype, cin, cout, relu, pool)
     rows = out.numel() // cout * (4 if pool else 1)
     grid = (-(-rows // constants["BM"]) * -(-cout // constants["BN"]),)
     tensors = {"x_ptr": x, "weight_ptr": weight, "affine_ptr": affine, "out_ptr": out}
-    arguments = tensors | {"N": n, "H": h, "W": w} | constants
-    entry = change(triton_entry(conv3x3._conv3x3_kernel, arguments, target))
-    launch(entry, grid, arguments, outputs=["out_ptr"], **options)
-    return out
+    return grid, tensors | {"N": n, "H": h, "W": w} | constants
 
 
 def triton_maxpool2x2(x: Tensor, target: int = 80, **options: Any) -> Tensor:

@@ -296,7 +296,7 @@ def resident_ctas(gpu: Gpu, threads: int, registers: int, shared_bytes: int) -> 
 def predict(counters: Counters, gpu: Gpu, registers: int, shared_bytes: int, ctas: int | None = None) -> Prediction:
     """The time a launch would take if its most wanted resource were always busy: a model, and a lower bound.
 
-    max(tensor, issue, shared, L2, HBM). The first four belong to a multiprocessor (L2: its port), so they wait for the
+    max(tensor, issue, shared, L2, HBM). The first four belong to a multiprocessor (of the L2 its share), so they wait for the
     one that got the most CTAs: ``ceil(ctas / SMs)`` of them. HBM carries every touched sector once.
 
     Args:

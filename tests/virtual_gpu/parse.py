@@ -91,7 +91,8 @@ class Instruction:
         where = f"PTX line {self.line}: {self.text}"
         if self.source:
             name, number = self.source
-            where += f"\n  {name}:{number}"
+            here = Path(name)
+            where += f"\n  {here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else here}:{number}"
             if line := _source_line(name, number):
                 where += f": {line}"
         return where
