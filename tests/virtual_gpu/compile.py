@@ -261,8 +261,7 @@ def _store(code: Code, i: Instruction) -> Step:
             m.memory.store(addresses.astype(np.uint64, copy=False), values, size)
         else:
             offsets = m.shared.flat(pick(m.base, lanes), shared, size)
-            m.race.write(offsets, size, pick(m.warp_of, lanes), m.pc)
-            m.shared.view[size][offsets // size] = values
+            m.shared.store(offsets, values, size, pick(m.warp_of, lanes), m.race, m.pc)
         if m.observer is not None:
             m.observe(i, "global" if shared is None else "shared", "store", lanes, addresses, size)
 

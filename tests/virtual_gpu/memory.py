@@ -207,6 +207,12 @@ class SharedMemory:
         self.data = np.full(ctas * self.stride, POISON, np.uint8)
         self.view = _views(self.data)
 
+    def store(self, offsets: np.ndarray, values: np.ndarray, size: int, warps: np.ndarray, race: Any, pc: int) -> None:
+        view = self.view[size]
+        view[offsets // size] = values
+        differs = (view[offsets // size].view(np.uint8) != values.view(np.uint8)).reshape(-1, size).any(axis=1)
+        race.write(offsets, size, warps, pc, differs)
+
     def poison(self, offsets: np.ndarray, size: int) -> None:
         self.view[size][offsets // size] = np.full(size, POISON, np.uint8).view(WORDS[size])[0]
 

@@ -50,13 +50,20 @@ class RaceDetector:
         self._check_writes(cells, warps, "load", self.clock)
         self.reads[cells, (warps % self.warps)[:, None]] = (self.now(warps) << _CLOCK | pc)[:, None]
 
-    def write(self, offsets: np.ndarray, size: int, warps: np.ndarray, pc: int) -> None:
+    def write(self, offsets: np.ndarray, size: int, warps: np.ndarray, pc: int, differs: np.ndarray) -> None:
+        """``differs``: for which threads another one of this instruction stored something else to the same place.
+
+        Two warps may store the same value: that is how Triton writes data of which both hold a copy.
+        """
         cells = self.granules(offsets, size)
         self._check_writes(cells, warps, "store", self.clock, store=True)
         self._check_reads(cells, warps)
         mark = self.now(warps) << _CLOCK | pc << _PC | warps % self.warps
         self.writes[cells] = mark[:, None]
-        self._check_each_other(cells, mark, warps)
+        if differs.any():
+            lane = int(differs.argmax())
+            place = self._place(int(warps[lane]), int(cells[lane, 0]))
+            raise Fault("race", f"two threads store different values to one place: {place}", lane)
 
     def issue_copy(self, offsets: np.ndarray, size: int, warps: np.ndarray, pc: int, proxy: bool = False) -> None:
         """An asynchronous write begins; ``proxy``: it is of the async proxy (TMA)."""
@@ -169,14 +176,6 @@ class RaceDetector:
             message = f"store races with {reader}: {self._place(int(warps[lane]), int(cells[lane, column]))}"
             pc = int(last[lane, column, agent]) & 0xFFFFFF
             raise Fault("race", f"{message}\nthe other access:\n  {self.describe(pc)}", int(lane))
-
-    def _check_each_other(self, cells: np.ndarray, mark: np.ndarray, warps: np.ndarray) -> None:
-        late = self.writes[cells] != mark[:, None]
-        if late.any():
-            lane, column = np.argwhere(late)[0]
-            agent = int(self.writes[cells[lane, column]]) & 0xFF
-            place = self._place(int(warps[lane]), int(cells[lane, column]))
-            raise Fault("race", f"this store of two warps, one of them {self._agent(agent)}: {place}", int(lane))
 
     def _agent(self, agent: int) -> str:
         return f"warp {agent}" if agent < self.warps else "the async proxy"

@@ -55,7 +55,7 @@ WRONG = {
     "no barrier before the next store": (
         EXCHANGE + STORE + "st.shared.u32 [%at], %r3;", "race", "a load of warp 1",
     ),
-    "two warps store to one place": (EXCHANGE.replace(".u32 [%at]", ".u32 [smem]"), "race", "two warps"),
+    "two values for one place": (EXCHANGE.replace(".u32 [%at]", ".u32 [smem]"), "race", "two threads"),
     "a barrier of one warp only": (EXCHANGE.replace("bar.sync 0", "bar.sync %warp, 32"), "race", "no barrier"),
     "no wait for cp.async": (ASYNC.replace("wait_group 0", "wait_group 1"), "race", "nobody has waited for"),
     "no barrier after the wait": (ASYNC.replace("bar.sync 0;", ""), "race", "asynchronous copy|a store of"),

@@ -137,9 +137,8 @@ def _matrix(code: Code, i: Instruction) -> Step:
             data = cells[offsets >> 4].view(np.uint16).reshape(-1, count, 8, 8)
             spread(m, registers, tensor.ldmatrix(data, trans), lanes)
         else:
-            m.race.write(offsets, 16, owner, m.pc)
-            data = tensor.stmatrix(fragments(m, registers, warps), trans)
-            cells[offsets >> 4] = np.ascontiguousarray(data).reshape(-1, 8).view(np.complex128).ravel()
+            data = np.ascontiguousarray(tensor.stmatrix(fragments(m, registers, warps), trans))
+            m.shared.store(offsets, data.reshape(-1, 8).view(np.complex128).ravel(), 16, owner, m.race, m.pc)
 
     return run
 
