@@ -1,8 +1,8 @@
 """Instructions -> closures ("steps") over a machine. An unknown opcode is an error here, before anything runs.
 
 A step takes the machine, does its work for the threads that execute, and returns None to go on with the next
-instruction, or the pc to go on at. Builders of steps register themselves in OPS by a prefix of the opcode: control flow
-and memory here, warps in warp_ops.py, asynchronous ones in async_ops.py, bulk.py and wgmma.py. Plain arithmetic is in
+instruction, or the pc to go on at. Builders of steps register themselves in OPS by a prefix of the opcode: moves and
+control flow here, the others in memory_ops.py, warp_ops.py, async_ops.py, bulk.py and wgmma.py. Plain arithmetic is in
 alu.py and bits.py.
 """
 
@@ -15,8 +15,8 @@ import numpy as np
 
 from tests.virtual_gpu.alu import ALU, TYPES, Sources
 from tests.virtual_gpu.bits import setp
-from tests.virtual_gpu.memory import SHARED_WINDOW, WORDS, Fault, one_by_one
-from tests.virtual_gpu.parse import Instruction, Kernel, Memory, PtxError, Register, Symbol, Vector
+from tests.virtual_gpu.memory import SHARED_WINDOW, Fault
+from tests.virtual_gpu.parse import Instruction, Kernel, Memory, PtxError, Register, Vector
 
 PARAMETER_BASE = 0x5000_0000_0000  # where parameters lie in the generic address space: tensor maps are found there
 
@@ -141,170 +141,6 @@ class Code:
 
 def pick(values: np.ndarray, lanes: np.ndarray | None) -> np.ndarray:
     return values if lanes is None else values[lanes]
-
-
-# Loads and stores
-
-_SPACES = ("global", "shared", "shared::cta", "param", "local", "const")
-_ORDER = {
-    "volatile",
-    "relaxed",
-    "acquire",
-    "release",
-    "acq_rel",
-    "cta",
-    "cluster",
-    "gpu",
-    "sys",
-    "weak",
-    "nc",
-    "ca",
-    "cg",
-}
-_ORDER |= {"cs", "cv", "lu", "wb", "wt", "async"}
-
-
-def _access(code: Code, i: Instruction) -> tuple[str, int, str]:
-    """(space, elements, type); space "" is generic. Refuses what it does not know."""
-    space = next((p for p in i.parts if p in _SPACES), "")
-    count = next((int(p[1]) for p in i.parts if p in ("v2", "v4", "v8")), 1)
-    known = {*_SPACES, "v2", "v4", "v8", *_ORDER}
-    unknown = [p for p in i.parts[1:-1] if p not in known and not p.startswith(("L1::", "L2::"))]
-    size = count * TYPES[i.parts[-1]].itemsize
-    if unknown or space in ("local", "const") or (size > 16 and space != "param"):
-        raise PtxError(f"{i.op} is not supported")
-    if space in ("shared", "shared::cta") or (not space and code.kernel.shared):
-        code.touches_shared(size)
-    return space.removesuffix("::cta"), count, i.parts[-1]
-
-
-def in_shared(space: str, addresses: np.ndarray) -> np.ndarray | None:
-    """Addresses within shared memory, None if this access goes to global memory."""
-    if space == "shared":
-        return addresses
-    if space == "global" or not ((addresses >> np.uint64(32)) == SHARED_WINDOW >> 32).all():
-        return None
-    return addresses & np.uint64(0xFFFFFFFF)
-
-
-@op("ld")
-def _load(code: Code, i: Instruction) -> Step:
-    space, count, kind = _access(code, i)
-    targets = i.operands[0].items if isinstance(i.operands[0], Vector) else (i.operands[0],)
-    element = TYPES[kind]
-    size = count * element.itemsize
-    if space == "param":
-        return _load_parameter(code, i, targets, element)
-    address = code.address(i, i.operands[1])
-
-    def run(m: Any) -> None:
-        lanes = m.lanes()
-        addresses = pick(address(m), lanes)
-        shared = in_shared(space, addresses)
-        if shared is None:
-            words = m.memory.load(addresses.astype(np.uint64, copy=False), size)
-        else:
-            offsets = m.shared.flat(pick(m.base, lanes), shared, size)
-            m.race.read(offsets, size, pick(m.warp_of, lanes), m.pc)
-            words = m.shared.view[size][offsets // size]
-        if m.observer is not None:
-            m.observe(i, "global" if shared is None else "shared", "load", lanes, addresses, size)
-        elements = words.view(element).reshape(-1, count)
-        for column, target in enumerate(targets):
-            if target is not None:
-                wide = TYPES[target.type].itemsize
-                value = np.ascontiguousarray(elements[:, column])
-                m.put_lanes(target.slot, extended(value, wide), lanes)
-
-    return run
-
-
-def extended(value: np.ndarray, size: int) -> np.ndarray:
-    """As the unsigned word of a register of ``size`` bytes; signed types are extended by their sign."""
-    if value.dtype.itemsize == size:
-        return value.view(f"u{size}")
-    return value.astype(f"i{size}" if value.dtype.kind == "i" else f"u{size}").view(f"u{size}")
-
-
-def _load_parameter(code: Code, i: Instruction, targets: tuple[Any, ...], element: np.dtype) -> Step:
-    memory = i.operands[1]
-    if not isinstance(memory.base, Symbol):
-        raise PtxError("parameters are read by their names only")
-    start = code.parameters[memory.base.name] + memory.offset
-
-    def run(m: Any) -> None:
-        for n, target in enumerate(targets):
-            at = start + n * element.itemsize
-            value = np.frombuffer(m.launch.parameters, element, 1, at)
-            m.put(target.slot, np.full(m.threads, extended(value, TYPES[target.type].itemsize)))
-
-    return run
-
-
-@op("st")
-def _store(code: Code, i: Instruction) -> Step:
-    space, count, kind = _access(code, i)
-    items = i.operands[1].items if isinstance(i.operands[1], Vector) else (i.operands[1],)
-    word = np.dtype(f"u{TYPES[kind].itemsize}")
-    size = count * word.itemsize
-    address, reads = code.address(i, i.operands[0]), [code.sources(i).read(item, word) for item in items]
-
-    def run(m: Any) -> None:
-        lanes = m.lanes()
-        addresses = pick(address(m), lanes)
-        columns = [pick(np.broadcast_to(read(m.R), m.threads), lanes) for read in reads]
-        values = (
-            (np.stack(columns, axis=1) if count > 1 else np.ascontiguousarray(columns[0])).view(WORDS[size]).ravel()
-        )
-        shared = in_shared(space, addresses)
-        if shared is None:
-            m.memory.store(addresses.astype(np.uint64, copy=False), values, size)
-        else:
-            offsets = m.shared.flat(pick(m.base, lanes), shared, size)
-            m.shared.store(offsets, values, size, pick(m.warp_of, lanes), m.race, m.pc)
-        if m.observer is not None:
-            m.observe(i, "global" if shared is None else "shared", "store", lanes, addresses, size)
-
-    return run
-
-
-_ATOMICS: dict[str, Callable[[Any, Any], Any]] = {
-    "add": lambda old, value: old + value,
-    "exch": lambda old, value: value,
-    "max": max,
-    "min": min,
-    "and": lambda old, value: old & value,
-    "or": lambda old, value: old | value,
-}
-
-
-@op("atom", "red")
-def _atomic(code: Code, i: Instruction) -> Step:
-    name = next((p for p in i.parts if p in _ATOMICS), "")
-    unknown = set(i.parts[1:-1]) - {"global", "shared", "shared::cta", name, *_ORDER}
-    dtype = TYPES[i.parts[-1]]
-    if unknown or not name or dtype.itemsize < 4:
-        raise PtxError(f"{i.op} is not supported")
-    space, returns = ("shared" if "shared" in i.op else "global"), i.parts[0] == "atom"
-    memory, operand = i.operands[returns], i.operands[returns + 1]
-    address, read = code.address(i, memory), code.sources(i).read(operand, dtype)
-
-    def run(m: Any) -> None:
-        lanes = m.lanes()
-        addresses = pick(address(m), lanes)
-        values = np.ascontiguousarray(pick(np.broadcast_to(read(m.R), m.threads), lanes))
-        if space == "global":
-            before = m.memory.atomic(addresses, values, _ATOMICS[name])
-        else:
-            offsets = m.shared.flat(pick(m.base, lanes), addresses, dtype.itemsize)
-            cells = m.shared.view[dtype.itemsize].view(dtype)
-            before = one_by_one(cells, offsets // dtype.itemsize, values, _ATOMICS[name])
-        if m.observer is not None:
-            m.observe(i, space, "atomic", lanes, addresses, dtype.itemsize)
-        if returns:
-            m.put_lanes(i.operands[0].slot, before.view(f"u{dtype.itemsize}"), lanes)
-
-    return run
 
 
 # Moves, predicates

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests.virtual_gpu import async_ops, bulk, warp_ops, wgmma  # noqa: F401  (register their instructions)
+from tests.virtual_gpu import async_ops, bulk, memory_ops, warp_ops, wgmma  # noqa: F401  (register their instructions)
 from tests.virtual_gpu.async_agents import SCHEDULES
 from tests.virtual_gpu.compile import Code
 from tests.virtual_gpu.machine import KernelError, Machine
@@ -146,7 +146,9 @@ def triton_entry(kernel: Any, arguments: Mapping[str, Any], target: int) -> Entr
     """The entry of a ``@triton.jit`` function; arguments as for :func:`launch`."""
     compiled, layout = compile_triton(kernel, arguments, target)
     code = Code(next(iter(parse(compiled.asm["ptx"]).values())))
-    return Entry(code, compiled.asm["ptx"], compiled.metadata.shared, layout, tuple(compiled.metadata.tensordesc_meta or ()))
+    return Entry(
+        code, compiled.asm["ptx"], compiled.metadata.shared, layout, tuple(compiled.metadata.tensordesc_meta or ())
+    )
 
 
 _TRITON_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32"}

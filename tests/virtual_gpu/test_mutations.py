@@ -105,7 +105,7 @@ SUBJECTS = {
         (
             *PIPELINE,
             Waiver(
-                "the epilogue's stores go where the same warp's last copies went, in a stage whose readers have met since",
+                "the epilogue stores where the same warp's last copies went, in a stage whose readers have met since",
                 ("drop bar.sync #3",),
             ),
             Waiver(

@@ -11,7 +11,10 @@ from tests.virtual_gpu import KernelError, launch, ptx_entry
 from tests.virtual_gpu.cases import nvcc_ptx
 
 
-def main(source: Path = Path(__file__).with_suffix(".cu")) -> None:
+SOURCE = Path(__file__).with_suffix(".cu")
+
+
+def main(source: Path = SOURCE) -> None:
     x = torch.arange(1024, dtype=torch.float32).view(8, 128)
     out = torch.empty_like(x)
     try:
