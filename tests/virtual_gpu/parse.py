@@ -254,11 +254,12 @@ class _Parser:
             offset += size
         if threads := re.search(r"\.(?:reqntid|maxntid)\s+(\d+)(?:\s*,\s*(\d+))?(?:\s*,\s*(\d+))?", match[3]):
             self.kernel.threads = int(threads[1]) * int(threads[2] or 1) * int(threads[3] or 1)
-        for shared in self.module_shared:
-            self._place(*shared)
+        for variable in self.module_shared:
+            if variable[1]:
+                self._place(*variable)
 
     def _place(self, name: str, size: int, align: int) -> None:
-        """Static variables one after the other; the dynamic one (size 0) after all those declared before it."""
+        """Variables one after the other; the dynamic one (of size 0) comes after all static ones."""
         assert self.kernel is not None
         start = -(-(SHARED_BASE + self.kernel.shared_bytes) // align) * align
         self.kernel.shared[name] = start
@@ -271,6 +272,9 @@ class _Parser:
             if not found:
                 raise PtxError(f"no label {label!r}")
             instruction.target = found[0]
+        for variable in self.module_shared:
+            if not variable[1]:
+                self._place(*variable)
         self.kernels[self.kernel.name] = self.kernel
         self.kernel = None
 

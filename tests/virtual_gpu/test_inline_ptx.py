@@ -1,0 +1,55 @@
+"""Hand-written CUDA with inline PTX, of the kind csrc/cuda holds, through nvcc and the virtual GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.virtual_gpu import KernelError, Mapped, cases, launch, ptx_entry
+from tests.virtual_gpu.async_agents import SCHEDULES
+from vgg_fast import testing
+
+EXAMPLES = cases.ROOT / "tests" / "virtual_gpu" / "examples"
+M, N, K = 128, 192, 232
+
+
+@pytest.fixture(autouse=True)
+def _nvcc() -> None:
+    if cases.find_nvcc() is None:
+        pytest.skip("no nvcc to compile the examples with")
+
+
+def matrices(k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    a = testing.integer_tensor(M, k, limit=4)
+    b = testing.integer_tensor(N, k, limit=2, seed=1)
+    return a.half(), b.half(), (a @ b.T).half()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_sm_80(schedule: str) -> None:
+    a, b, expected = matrices(K // 32 * 32)
+    c = torch.empty_like(expected)
+    entry = ptx_entry(cases.nvcc_ptx(EXAMPLES / "gemm_sm80.cu", "80"))
+    launch(entry, (M // 64, N // 64), [a, b, c, N, a.shape[1]], outputs=[2], schedule=schedule)
+    assert torch.equal(c, expected)
+
+
+def run_sm_90(name: str, changes: dict[str, str] | None = None, **options: Any) -> None:
+    a, b, expected = matrices(K)
+    c = torch.empty_like(expected)
+    maps = [Mapped(t, box=(64, 64), options={"swizzle": 128}) for t in (a, b)]
+    ptx = cases.nvcc_ptx(EXAMPLES / "gemm_sm90.cu", "90a")
+    for old, new in (changes or {}).items():
+        assert old in ptx, f"nvcc does not write {old!r} any more"
+        ptx = ptx.replace(old, new)
+    entry = ptx_entry(ptx, name)
+    launch(entry, (M // 64, N // 64), [*maps, c, N, K], outputs=[2], shared_bytes=2 * 2 * 8192, **options)
+    assert torch.equal(c, expected)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", ["gemm_shared", "gemm_registers"])
+def test_sm_90(name: str, schedule: str) -> None:
+    run_sm_90(name, schedule=schedule)
