@@ -1,0 +1,96 @@
+"""A whole VGG16 forward on the virtual GPU, layer after layer, each checked against PyTorch in float64.
+
+    python -m tests.virtual_gpu.vgg16                        # 224x224, Triton's kernel for sm_80 and sm_90
+    python -m tests.virtual_gpu.vgg16 --size 64 --target 90
+
+Prints how fast each layer was simulated and, from the counters, how long the model of counters.py says it would take
+the GPU of that architecture at least, and why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from tests.virtual_gpu import launch, triton_entry
+from tests.virtual_gpu.cases import channels_last, triton_conv3x3_launch
+from tests.virtual_gpu.counters import GPUS, Counters, predict
+from tests.virtual_gpu.launch import compile_triton
+from tests.virtual_gpu.machine_code import rows_of
+from vgg_fast import testing
+from vgg_fast.kernels import conv3x3
+from vgg_fast.models import cfgs
+
+GPU_OF = {80: "A100", 90: "H100"}
+
+
+def layers() -> Iterator[tuple[int, int, bool]]:
+    """(cin, cout, pooled) of the thirteen convolutions."""
+    cin = 3
+    for here, following in itertools.pairwise(cfgs["D"]):
+        if isinstance(here, int):
+            yield cin, here, following == "M"
+            cin = here
+
+
+def first_input(size: int) -> Tensor:
+    x = channels_last(1, 3, size, size, dtype=torch.float16)
+    return x.copy_(testing.random_tensor(*x.shape))
+
+
+def run(size: int, target: int) -> None:
+    """Prints one line for each layer, and their sum.
+
+    Raises:
+        AssertionError: where a layer is wrong; KernelError: where a kernel breaks a rule.
+    """
+    gpu, x = GPUS[GPU_OF[target]], first_input(size)
+    print(f"VGG16 features, batch 1, {size}x{size}, fp16, Triton for sm_{target}; the model of {GPU_OF[target]}")
+    print("layer                     GFLOP  seconds  GFLOP/s  model us  bound   busy  TFLOP/s")
+    sums = [0.0, 0.0, 0.0]
+    for number, (cin, cout, pool) in enumerate(layers()):
+        h = x.shape[2]
+        weight = (testing.random_tensor(cout, cin, 3, 3, seed=number) * (2 / (9 * cin)) ** 0.5).half()  # He's
+        affine, layout, counters = torch.tensor([[1.0], [0.0]]).repeat(1, cout), weight.permute(0, 2, 3, 1), Counters()
+        grid, arguments = triton_conv3x3_launch(x, layout.contiguous(), affine, relu=True, pool=pool)
+        compiled, _ = compile_triton(conv3x3._conv3x3_kernel, arguments, target)
+        entry = triton_entry(conv3x3._conv3x3_kernel, arguments, target)
+        begin = time.perf_counter()
+        launch(entry, grid, arguments, outputs=["out_ptr"], observer=counters)
+        seconds = time.perf_counter() - begin
+        y = arguments["out_ptr"]
+        testing.assert_conv_close(y, x, weight, relu=True, pool=pool)
+        (row,) = rows_of(compiled.asm["cubin"], "conv3x3", target, counters.threads)
+        model = predict(counters, gpu, row["registers"], compiled.metadata.shared)
+        work = 2e-9 * 9 * h * h * cin * cout
+        sums = [a + b for a, b in zip(sums, (work, seconds, model.seconds), strict=True)]
+        name = f"{cin}->{cout} {h}x{h}{' pool' if pool else ''}"
+        rate = work / model.seconds / 1e3
+        print(line(name, work, seconds, model.seconds), f"  {model.bound:6} {model.busy:5.2f} {rate:8.0f}", flush=True)
+        x = y
+    print(line("all", *sums), f"{sums[0] / sums[2] / 1e3:24.0f}")
+
+
+def line(name: str, gflop: float, seconds: float, model: float) -> str:
+    return f"{name:24} {gflop:6.2f} {seconds:8.2f} {gflop / seconds:8.2f} {model * 1e6:9.1f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="A VGG16 forward on the virtual GPU.")
+    parser.add_argument("--size", type=int, default=224, help="pixels in a row: a multiple of 32")
+    parser.add_argument("--target", type=int, choices=GPU_OF, help="compute capability; default: both")
+    options = parser.parse_args()
+    if options.size < 32 or options.size % 32:
+        parser.error(f"--size {options.size}: VGG16 halves its maps five times, take a multiple of 32")
+    torch.set_num_threads(1)
+    for target in [options.target] if options.target else GPU_OF:
+        run(options.size, target)
+
+
+if __name__ == "__main__":
+    main()
