@@ -43,8 +43,8 @@ def first_input(size: int) -> Tensor:
     return x.copy_(testing.random_tensor(*x.shape))
 
 
-def run(size: int, target: int) -> None:
-    """Prints one line for each layer, and their sum.
+def run(size: int, target: int, count: int) -> None:
+    """Prints one line for each of the first ``count`` layers, and their sum.
 
     Raises:
         AssertionError: where a layer is wrong; KernelError: where a kernel breaks a rule.
@@ -53,7 +53,7 @@ def run(size: int, target: int) -> None:
     print(f"VGG16 features, batch 1, {size}x{size}, fp16, Triton for sm_{target}; the model of {GPU_OF[target]}")
     print("layer                     GFLOP  seconds  GFLOP/s  model us  bound   busy  TFLOP/s")
     sums = [0.0, 0.0, 0.0]
-    for number, (cin, cout, pool) in enumerate(layers()):
+    for number, (cin, cout, pool) in enumerate(itertools.islice(layers(), count)):
         h = x.shape[2]
         weight = (testing.random_tensor(cout, cin, 3, 3, seed=number) * (2 / (9 * cin)) ** 0.5).half()  # He's
         affine, layout, counters = torch.tensor([[1.0], [0.0]]).repeat(1, cout), weight.permute(0, 2, 3, 1), Counters()
@@ -84,12 +84,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A VGG16 forward on the virtual GPU.")
     parser.add_argument("--size", type=int, default=224, help="pixels in a row: a multiple of 32")
     parser.add_argument("--target", type=int, choices=GPU_OF, help="compute capability; default: both")
+    parser.add_argument("--layers", type=int, default=13, help="only the first so many convolutions")
     options = parser.parse_args()
     if options.size < 32 or options.size % 32:
         parser.error(f"--size {options.size}: VGG16 halves its maps five times, take a multiple of 32")
     torch.set_num_threads(1)
     for target in [options.target] if options.target else GPU_OF:
-        run(options.size, target)
+        run(options.size, target, options.layers)
 
 
 if __name__ == "__main__":
