@@ -151,13 +151,12 @@ class Machine:
         self._at_fence = list(self.R)
 
     def check_wgmma_fence(self, slots: tuple[int, ...]) -> None:
-        """Registers of a wgmma must be as the last wgmma.fence saw them, or written by wgmma since.
-
-        Where threads go apart, a fence is remembered but not of whom: an unchanged register is another array then.
-        """
-        changed = self._at_fence is None
-        if self._at_fence is not None and self.mask is None:
-            changed = any(self.R[slot] is not self._at_fence[slot] for slot in slots)
+        """Registers of a wgmma must be as the last wgmma.fence saw them, or written by wgmma since."""
+        before = self._at_fence
+        changed = [slot for slot in slots if before is None or self.R[slot] is not before[slot]]
+        if changed and before is not None and self.mask is not None:
+            # Another warpgroup's change makes another array of a register: compare the values of this one.
+            changed = [slot for slot in changed if (self.R[slot] != before[slot])[self.mask].any()]
         if changed:
             raise Fault("missing fence", "registers were changed after the last wgmma.fence", 0)
 

@@ -72,8 +72,8 @@ class Row:
         threads: of a CTA.
         registers, stack, shared: of a thread, of a thread, of a CTA; bytes.
         local: instructions that access local memory: spills.
-        tensor, barriers, shuffles, sass: instructions.
-        loads: global loads of the main loop, the one that multiplies, by opcode and width.
+        tensor, barriers, shuffles, sass, loop: instructions; ``loop`` those of the main loop, the one that multiplies.
+        loads: global loads of the main loop, by opcode and width.
         k_step: instructions of the main loop, scaled to the multiply-adds of one k-step of 128 x 128 x 64 with four
             warps; None without tensor instructions, or where they do not say their shape (tcgen05).
     """
@@ -91,6 +91,7 @@ class Row:
     barriers: int
     shuffles: int
     sass: int
+    loop: int
     loads: dict[str, int]
     k_step: float | None
 
@@ -161,7 +162,7 @@ def rows_of(cubin: bytes, kernel: str, sm: int, threads: int) -> Iterator[dict[s
         dtype = next((d for mangled, d in MANGLED.items() if re.search(rf"I{mangled}[ELS]", name)), "")
         yield count | {
             "kernel": kernel, "sm": sm, "configuration": dtype, "pool": False, "threads": threads,
-            "registers": registers, "stack": stack, "shared": shared, "sass": len(opcodes),
+            "registers": registers, "stack": stack, "shared": shared, "sass": len(opcodes), "loop": len(loop),
             "loads": dict(loads),
             "k_step": round(len(loop) * K_STEP / macs, 1) if macs else None,
         }  # fmt: skip

@@ -12,6 +12,8 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed, whose kernels are looked at")
 from tests.virtual_gpu.cases import triton_conv3x3
 from tests.virtual_gpu.counters import GPUS, Counters, Row, predict
+from tests.virtual_gpu.launch import compile_triton
+from tests.virtual_gpu.machine_code import rows_of
 from vgg_fast import reference, testing
 from vgg_fast.kernels import conv3x3
 
@@ -89,3 +91,15 @@ def test_prediction() -> None:
     assert got.bound == "shared"
     assert got.busy == 8 / 108
     assert got.occupancy == 2 * 4 / 64
+
+
+@pytest.mark.parametrize("sm", [80, 90])
+def test_issue_slots_are_near_those_of_the_machine_code(sm: int) -> None:
+    """PTX is not what issues. For these kernels ptxas makes 0.88 and 1.08 instructions of one of PTX."""
+    counters, c = counted(sm, pool=False)
+    arguments = {name: torch.empty(0, dtype=torch.float16) for name in ("x_ptr", "weight_ptr", "out_ptr")}
+    arguments |= {"affine_ptr": torch.empty(0), "N": 1, "H": SIZE, "W": SIZE} | c
+    compiled, _ = compile_triton(conv3x3._conv3x3_kernel, arguments, sm)
+    (row,) = rows_of(compiled.asm["cubin"], "conv3x3", sm, threads=128)
+    executed = row["sass"] + (9 * CHANNELS // c["BK"] - 1) * row["loop"]
+    assert executed * counters.ctas * c["num_warps"] / counters.total.issues == pytest.approx(1, abs=0.15)
