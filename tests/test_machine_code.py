@@ -92,8 +92,8 @@ def test_cuda(sm: int) -> None:
 def row(**columns: Any) -> Row:
     """A row that passes every gate, but for what is said."""
     good = Row(
-        kernel="triton conv3x3", sm=80, configuration="fp16", pool=False, threads=128, registers=200, stack=0,
-        shared=98_304, local=0, tensor=128, barriers=9, shuffles=0, sass=1352, loads={"LDGSTS.128": 16}, k_step=306.0,
+        kernel="triton conv3x3", sm=80, configuration="fp16", pool=False, threads=128, registers=200, stack=0, local=0,
+        shared=98_304, tensor=128, barriers=9, shuffles=0, sass=1352, loop=306, loads={"LDGSTS.128": 16}, k_step=306.0,
     )  # fmt: skip
     return replace(good, **columns)
 

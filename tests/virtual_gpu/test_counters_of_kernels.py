@@ -10,10 +10,14 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is not installed, whose kernels are looked at")
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from tests.virtual_gpu import launch
 from tests.virtual_gpu.cases import triton_conv3x3
 from tests.virtual_gpu.counters import GPUS, Counters, Row, predict
 from tests.virtual_gpu.launch import compile_triton
 from tests.virtual_gpu.machine_code import rows_of
+from tests.virtual_gpu.tma_gemm import gemm
 from vgg_fast import reference, testing
 from vgg_fast.kernels import conv3x3
 
@@ -103,3 +107,22 @@ def test_issue_slots_are_near_those_of_the_machine_code(sm: int) -> None:
     (row,) = rows_of(compiled.asm["cubin"], "conv3x3", sm, threads=128)
     executed = row["sass"] + (9 * CHANNELS // c["BK"] - 1) * row["loop"]
     assert executed * counters.ctas * c["num_warps"] / counters.total.issues == pytest.approx(1, abs=0.15)
+
+
+def test_tensor_memory_access() -> None:
+    """A product through tensor maps: 2 x 2 tiles that hang over, 4 k-steps. Shared memory takes whole boxes, global
+    memory what lies inside, and every box again for each tile beside it."""
+    m, n, k, bm, bn, bk = 200, 104, 232, 128, 64, 64
+    a = testing.integer_tensor(m, k, limit=4).half()
+    b = testing.integer_tensor(n, k, limit=2, seed=1).half()
+    out, counters = torch.empty(m, n, dtype=torch.float16), Counters()
+    boxes = {"a": (a, [bm, bk]), "b": (b, [bn, bk]), "c": (out, [bm, bn])}
+    arguments = {name: TensorDescriptor.from_tensor(tensor, box) for name, (tensor, box) in boxes.items()}
+    arguments |= {"K": k, "BM": bm, "BN": bn, "BK": bk, "num_warps": 4, "num_stages": 3}
+    launch(gemm, (2, 2), arguments, outputs=["c"], target=90, observer=counters)
+    assert torch.equal(out, (a.float() @ b.float().T).half())
+    loads = of(counters, "cp.async.bulk.tensor.2d.shared")
+    assert loads.wavefronts == 4 * 4 * (bm + bn) * bk * 2 // 128
+    assert loads.sectors == (2 * a.numel() + 2 * b.numel()) * 2 // 32
+    assert of(counters, "cp.async.bulk.tensor.2d.global").sectors == pytest.approx(out.numel() * 2 / 32, abs=4)
+    assert (counters.read.bytes, counters.written.bytes) == ((a.numel() + b.numel()) * 2, out.numel() * 2)
