@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import itertools
 from dataclasses import replace
 
@@ -11,6 +12,10 @@ import pytest
 from tests.virtual_gpu import tma
 
 Place = tuple[int, int | None]  # byte in shared memory, byte in global memory or None where out of bounds
+
+
+def test_examples() -> None:
+    assert doctest.testmod(tma).attempted > doctest.testmod(tma).failed == 0
 
 
 def swizzled(address: int, width: int) -> int:
