@@ -26,6 +26,8 @@ from tests.virtual_gpu.tma import TensorMap
 # Registers of the threads of a chunk stay in the CPU's caches, and the overhead of a NumPy call is spread over many.
 _CHUNK_THREADS = 4096
 
+TARGETS = (80, 86, 89, 90)  # compute capabilities that Triton may compile for
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -201,6 +203,8 @@ def launch(
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule {schedule!r}; expected one of {', '.join(SCHEDULES)}")
+    if not isinstance(kernel, Entry) and target not in TARGETS:
+        raise ValueError(f"target {target} is not simulated; expected one of {', '.join(map(str, TARGETS))}")
     entry = kernel if isinstance(kernel, Entry) else triton_entry(kernel, args, target)
     code = entry.code
     memory, tensors = GlobalMemory(), []
@@ -214,6 +218,9 @@ def launch(
 
     values = [(name, args[name]) for name in entry.layout] if entry.layout else list(_named(args))
     parameters, maps = _pack(code, list(_placed(values, list(entry.descriptors), place)))
+    names = [a.name for a in memory.allocations]
+    if unknown := {*outputs, *scratch} - {*names, *range(len(names))}:
+        raise ValueError(f"no tensor is called {min(map(repr, unknown))}; there are {', '.join(names)}")
     memory.seal()
     shape = (*grid, 1, 1)[:3]
     threads = int(np.prod(block)) if block else code.kernel.threads

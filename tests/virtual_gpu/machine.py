@@ -227,8 +227,11 @@ class Machine:
         if not full.size:
             return
         inside = np.isin(self.cta_of, full)
-        everyone = np.logical_or.reduce([w.mask for w in here]) & inside
-        self.race.barrier(np.flatnonzero(everyone.reshape(-1, 32).any(axis=1)))
+        everyone, waiting = (
+            np.flatnonzero(np.logical_or.reduce([w.mask & inside for w in group]).reshape(-1, 32).any(axis=1))
+            for group in (here, [w for w in here if w.pc != GONE] or here)
+        )
+        self.race.barrier(everyone, waiting)
         for w in here:
             if w.pc != GONE:
                 self._ready.append((w.pc, w.mask & inside))

@@ -169,10 +169,14 @@ class _Parser:
     def _statements(self, text: str) -> Iterator[tuple[int, str, str]]:
         """(line, mark, text): mark is one of ``;`` statement, ``{`` and ``}`` scope, ``:`` label, ``l`` .loc."""
         text = re.sub(r"/\*.*?\*/", lambda m: "\n" * m[0].count("\n"), text, flags=re.S)
-        pending, start, depth, skipping = "", 0, 0, False
+        pending, start, depth, skipping, inline = "", 0, 0, False, 0
         for number, line in enumerate(text.splitlines(), 1):
+            if "inline asm" in line:
+                inline = "begin" in line
             if match := _LOC.match(line):
-                if int(match[2]):
+                # LLVM gives the second line of an inline assembly the next source line, and so on: believe the first.
+                inline += bool(inline)
+                if int(match[2]) and inline <= 2:
                     yield number, "l", f"{match[1]} {match[2]}"
                 continue
             line = line.partition("//")[0]

@@ -105,17 +105,22 @@ class RaceDetector:
 
     # Synchronisation. ``warps`` are numbers within the chunk.
 
-    def barrier(self, warps: np.ndarray) -> None:
-        """All these warps (whole CTAs, or a part of one) meet: each learns what any of them knew."""
-        groups = warps.reshape(-1, self.warps) if len(warps) % self.warps == 0 else warps[None]
-        if (groups // self.warps != groups[:, :1] // self.warps).any():
-            groups = np.array_split(warps, np.flatnonzero(np.diff(warps // self.warps)) + 1)
-        for clock in (self.clock, self.fenced):
-            if isinstance(groups, np.ndarray):
-                clock[groups] = clock[groups].max(axis=1, keepdims=True)
-            else:
-                for group in groups:
-                    clock[group] = clock[group].max(axis=0)
+    def barrier(self, warps: np.ndarray, learners: np.ndarray | None = None) -> None:
+        """These warps meet, in each CTA by itself: each learns what any of them knew.
+
+        ``learners``: those that wait; the others only arrive, and learn nothing.
+        """
+        if learners is None and len(warps) == len(self.clock):
+            for clock in (self.clock, self.fenced):
+                every = clock.reshape(self.ctas, self.warps, self.agents)
+                every[:] = every.max(axis=1, keepdims=True)
+        else:
+            learners = warps if learners is None else learners
+            for cta in np.unique(warps // self.warps):
+                for clock in (self.clock, self.fenced):
+                    clock[learners[learners // self.warps == cta]] = clock[warps[warps // self.warps == cta]].max(
+                        axis=0
+                    )
         self.tick(warps)
 
     def tick(self, warps: np.ndarray) -> None:

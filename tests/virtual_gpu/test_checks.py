@@ -35,7 +35,43 @@ bar.sync 0;
 ld.shared.u32 %r3, [%at]; st.global.u32 [%out], %r3;
 """
 
-RIGHT = {"copy": COPY, "exchange": EXCHANGE + STORE, "cp.async": ASYNC + STORE, "bulk copy": BULK}
+# The first warp hands values to the second, and goes on.
+HANDOVER = """
+ld.global.u32 %r1, [%x]; setp.ge.u32 %p1, %tid, 32; xor.b32 %r2, %at, 128;
+@%p1 bra second;
+st.shared.u32 [%at], %r1; bar.arrive 1, 64; st.global.u32 [%out], %r1; ret;
+second: bar.sync 1, 64; ld.shared.u32 %r3, [%r2]; st.global.u32 [%out], %r3;
+"""
+
+HANDOVER_AND_BACK = """
+setp.lt.u32 %p1, %tid, 32; xor.b32 %r2, %at, 128;
+@%p1 bra first;
+st.shared.u32 [%at], %tid; bar.sync 1, 64; st.global.u32 [%out], %tid; ret;
+first: bar.arrive 1, 64; ld.shared.u32 %r3, [%r2]; st.global.u32 [%out], %r3;
+"""
+
+# Two copies, each with an mbarrier of its own; the second copy is read.
+TWO_BULKS = """
+mov.b32 %r10, smem; add.u32 %r11, %r10, 4096; add.u32 %r12, %r10, 256; add.u32 %r13, %r11, 8;
+setp.eq.u32 %p1, %tid, 0;
+@%p1 mbarrier.init.shared::cta.b64 [%r11], 1; @%p1 mbarrier.init.shared::cta.b64 [%r13], 1;
+bar.sync 0;
+@%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r11], 256;
+@%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r13], 256;
+@%p1 cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes [%r12], [%xs], 256, [%r13];
+@%p1 cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes [%r10], [%xs], 256, [%r11];
+{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%r13], 0; @!done bra again; }
+ld.shared.u32 %r3, [%at+256]; st.global.u32 [%out], %r3;
+"""
+
+RIGHT = {
+    "handover": HANDOVER,
+    "two bulk copies": TWO_BULKS,
+    "copy": COPY,
+    "exchange": EXCHANGE + STORE,
+    "cp.async": ASYNC + STORE,
+    "bulk copy": BULK,
+}
 
 # name: (kernel, kind of the error, what its report says)
 WRONG = {
@@ -67,6 +103,8 @@ WRONG = {
     "mbarrier expects too much": (BULK.replace("], 256;", "], 272;"), "deadlock", "0 arrivals and 16 bytes"),
     "mbarrier expects too little": (BULK.replace("], 256;", "], 240;"), "deadlock", "-16 bytes"),
     "wait for the wrong phase": (BULK.replace("[%r11], 0; @!", "[%r11], 1; @!"), "race deadlock", "async|phase 1"),
+    "wait for another copy's mbarrier": (TWO_BULKS.replace("done, [%r13]", "done, [%r11]"), "race", "asy?nc"),
+    "who only arrives learns nothing": (HANDOVER_AND_BACK, "race uninitialised", "a store of warp 1|nobody"),
     "too many arrivals": (BULK + "mbarrier.arrive.shared::cta.b64 _, [%r11];", "mbarrier", "more arrivals than the 1"),
     "barrier that half of the threads never reach": (
         "setp.lt.u32 %p1, %tid, 32; @%p1 bar.sync 1, 64; bar.sync 0;" + COPY, "deadlock", "32 threads .* wait",
@@ -82,7 +120,8 @@ WRONG = {
 def test_right_kernels_pass(name: str, schedule: str) -> None:
     out = run(RIGHT[name], schedule=schedule)
     swaps = name in ("exchange", "cp.async")
-    assert out.tolist() == [i ^ 32 if swaps else i for i in range(64)]
+    low = name == "handover"
+    assert out.tolist() == [i ^ 32 if swaps else i % 32 if low else i for i in range(64)]
 
 
 @pytest.mark.parametrize("name", WRONG)
