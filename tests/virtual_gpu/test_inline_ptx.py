@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.virtual_gpu import KernelError, Mapped, cases, launch, ptx_entry
+from tests.virtual_gpu import Mapped, cases, launch, ptx_entry
 from tests.virtual_gpu.async_agents import SCHEDULES
 from vgg_fast import testing
 

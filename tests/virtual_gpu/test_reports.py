@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("triton", reason="Triton is not installed")
+import triton
 import triton.language as tl
 
 from tests.virtual_gpu import KernelError, launch

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from tests.virtual_gpu import KernelError, launch, ptx_entry
 from tests.virtual_gpu.cases import nvcc_ptx
 
-
 SOURCE = Path(__file__).with_suffix(".cu")
 
 
