@@ -208,15 +208,13 @@ def alu(*names: str, allow: str = "") -> Callable[[Any], Any]:
     return register
 
 
-_FLUSH = {"f32": np.float32(2.0**-126)}
+def flush(x: Array) -> Array:
+    """Subnormal fp32 numbers as zeros of the same sign."""
+    return np.where(np.abs(x) < np.float32(2.0**-126), x * np.float32(0), x)
 
 
 def _flushed(fn: Callable[..., Array]) -> Callable[..., Array]:
-    """``.ftz``: subnormal inputs and results count as zero of the same sign."""
-
-    def flush(x: Array) -> Array:
-        return np.where(np.abs(x) < _FLUSH["f32"], x * np.float32(0), x)
-
+    """``.ftz``: for inputs and results."""
     return lambda *args: flush(np.asarray(fn(*map(flush, args))))
 
 

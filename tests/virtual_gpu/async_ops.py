@@ -16,7 +16,9 @@ _U32 = np.dtype("u4")
 
 @op("cp.async.ca.shared", "cp.async.cg.shared", "cp.async.ca.shared::cta", "cp.async.cg.shared::cta")
 def _copy(code: Code, i: Instruction) -> Step:
-    if "global" not in i.parts or not isinstance(i.operands[2], Immediate):
+    # A predicate (ignore-src) or a cache policy may stand where the size of the source does.
+    other = "L2::cache_hint" in i.parts or (len(i.operands) > 3 and getattr(i.operands[3], "type", "") == "pred")
+    if other or "global" not in i.parts or not isinstance(i.operands[2], Immediate):
         raise PtxError(f"{i.op} is not supported")
     size = i.operands[2].value
     if size not in ((16,) if "cg" in i.parts else (4, 8, 16)):

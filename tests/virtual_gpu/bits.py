@@ -14,6 +14,7 @@ from tests.virtual_gpu.alu import (
     Sources,
     alu,
     bfloat16,
+    flush,
     shift_left,
     shift_right,
     widen,
@@ -78,9 +79,14 @@ def setp(i: Instruction, source: Sources) -> list[Compute]:
             return run
 
         return [part(0), part(16)] if word == _U32 else [part(0)]
-    a, b = source(1, TYPES[kind]), source(2, TYPES[kind])
+    a, b = (flushing(i, source(n, TYPES[kind])) for n in (1, 2))
     first: Compute = lambda R: combined(compare(a(R), b(R)), R)  # noqa: E731
     return [first, lambda R: combined(~compare(a(R), b(R)), R)]
+
+
+def flushing(i: Instruction, read: Compute) -> Compute:
+    """``.ftz``: subnormal fp32 operands count as zeros."""
+    return (lambda R: flush(np.asarray(read(R)))) if "ftz" in i.parts and i.parts[-1] == "f32" else read
 
 
 # cvt
@@ -105,7 +111,7 @@ def _convert(i: Instruction, source: Sources) -> Compute:
         word = source(1, np.dtype("u2"))
         read: Compute = lambda R: (word(R).astype(np.uint32) << np.uint32(16)).view(np.float32)  # noqa: E731
     else:
-        read = source(1, TYPES[of])
+        read = flushing(i, source(1, TYPES[of]))
     from_float = of in ("f16", "bf16", "f32", "f64")
     if to == "tf32":
         return lambda R: _to_tf32(np.atleast_1d(read(R)))

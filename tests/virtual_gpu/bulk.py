@@ -274,13 +274,15 @@ def _issue_load(m: Any, lanes: np.ndarray, offsets: np.ndarray, words: np.ndarra
 def _tensor(code: Code, i: Instruction) -> Step:
     loads = "mbarrier::complete_tx::bytes" in i.parts
     unknown = {p for p in i.parts[4:] if not p[0].isdigit() and not p.startswith(("shared::c", "L2::"))}
-    unknown -= {"global", "mbarrier::complete_tx::bytes", "bulk_group", "tile"}
+    unknown -= {"global", "mbarrier::complete_tx::bytes", "bulk_group", "tile", "im2col"}
     if unknown or (loads and "multicast::cluster" in i.op):
         raise PtxError(f"{i.op} is not supported")
     box, shared = (i.operands[1], i.operands[0]) if loads else (i.operands[0], i.operands[1])
     into, handle = code.address(i, shared), code.address(i, Memory(box.base, box.offset))
     coordinates = [code.sources(i).read(c, np.dtype("i4")) for c in box.coordinates]
     barrier_address = code.address(i, i.operands[2]) if loads else None
+    im2col = i.operands[3].items if "im2col" in i.parts and loads else ()  # offsets of the pixels, in u16
+    pixel_offsets = [code.sources(i).read(item, np.dtype("u2")) for item in im2col]
     code.touches_shared(16)
 
     def run(m: Any) -> None:
@@ -290,9 +292,14 @@ def _tensor(code: Code, i: Instruction) -> Step:
         if offset not in m.launch.tensor_maps:
             raise Fault("tensor map", f"no tensor map at byte {offset} of the parameters", 0)
         tensor_map = m.launch.tensor_maps[offset]
-        at = np.stack([np.broadcast_to(read(m.R), m.threads)[lanes] for read in coordinates], axis=1).astype(np.int64)
+        at, offsets_at = (
+            np.stack([np.broadcast_to(read(m.R), m.threads)[lanes] for read in reads], axis=1).astype(np.int64)
+            if reads
+            else None
+            for reads in (coordinates, pixel_offsets)
+        )
         shared_at = into(m)[lanes].astype(np.int64)
-        moves = tma.copies(tensor_map, at, shared_at)
+        moves = tma.copies(tensor_map, at, shared_at, offsets_at)
         base = m.base[lanes][:, None]
         if (shared_at % 128).any():
             raise Fault("misaligned", f"box at byte {int(shared_at[0]) - SHARED_BASE} of shared memory: 128 bytes", 0)

@@ -20,6 +20,7 @@ from tests.virtual_gpu.memory import Fault, GlobalMemory, SharedMemory
 from tests.virtual_gpu.parse import SIZES, Instruction
 from tests.virtual_gpu.race import RaceDetector
 
+_JUMPS = 1_000_000  # a chunk of a large layer makes some thousands
 GONE = -1  # what a step returns when its threads left the group: blocked or exited
 _POISON = {1: np.uint8(0xFF), 2: np.uint16(0xFFFF), 4: np.uint32(0xFFFFFFFF), 8: np.uint64(0xFFFFFFFFFFFFFFFF)}
 
@@ -69,7 +70,7 @@ class Machine:
         self.poison32 = np.full(self.threads, _POISON[4])
         self.mask: np.ndarray | None = None
         self.pc = 0
-        self.issued = 0  # instructions times warps
+        self._jumps = 0
         self.lanes_now: np.ndarray | None = None  # of the access in progress, for reports
         self._live = np.ones(self.threads, bool)
         self._ready: list[tuple[int, np.ndarray | None]] = [(0, None)]
@@ -289,12 +290,20 @@ class Machine:
         steps, observer = self.code.steps, self.observer
         while True:
             self.pc = pc
-            if observer is not None:
+            if observer is not None and pc < len(self.code.instructions):
                 observer.issue(self.code.instructions[pc], len(self.active_warps()))
             following = steps[pc](self)
-            pc = pc + 1 if following is None else following
-            if pc == GONE:
+            if following is None:
+                pc += 1
+            elif following == GONE:
                 return
+            else:
+                pc = following
+                self._jumps += 1
+                if self._jumps > _JUMPS:
+                    raise Fault(
+                        "endless loop", f"{_JUMPS} jumps and no end: it may wait for another CTA, or for nothing"
+                    )
             if pc >= stop:
                 self._ready.append((pc, self.mask))
                 return

@@ -164,6 +164,7 @@ def _atomic(code: Code, i: Instruction) -> Step:
             before = m.memory.atomic(addresses, values, _ATOMICS[name])
         else:
             offsets = m.shared.flat(pick(m.base, lanes), addresses, dtype.itemsize)
+            m.race.read(offsets, dtype.itemsize, pick(m.warp_of, lanes), m.pc)  # atomics do not race with each other
             cells = m.shared.view[dtype.itemsize].view(dtype)
             before = one_by_one(cells, offsets // dtype.itemsize, values, _ATOMICS[name])
         if m.observer is not None:

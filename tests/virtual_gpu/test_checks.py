@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.virtual_gpu import KernelError, Mapped, PtxError, launch, ptx_entry
+from tests.virtual_gpu import KernelError, Mapped, PtxError, launch, machine, ptx_entry
 from tests.virtual_gpu.async_agents import SCHEDULES
 from tests.virtual_gpu.snippets import run, snippet
 
@@ -109,6 +109,9 @@ WRONG = {
     "barrier that half of the threads never reach": (
         "setp.lt.u32 %p1, %tid, 32; @%p1 bar.sync 1, 64; bar.sync 0;" + COPY, "deadlock", "32 threads .* wait",
     ),
+    "atomic on what another warp stores": (
+        "st.shared.u32 [%at], 0; atom.shared.add.u32 %r1, [smem+128], 1;", "race", "a store of warp 1",
+    ),
     "warp instruction by half a warp": (
         "setp.lt.u32 %p1, %tid, 16; @%p1 redux.sync.add.s32 %r1, %tid, 65535;", "partial warp", "16 of 32",
     ),
@@ -131,6 +134,12 @@ def test_wrong_kernels_are_caught(name: str) -> None:
         with pytest.raises(KernelError, match=report) as error:
             run(body, schedule=schedule)
         assert error.value.kind in kind, schedule
+
+
+def test_a_loop_without_end_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_JUMPS", 1000)
+    with pytest.raises(KernelError, match="endless loop: 1000 jumps and no end"):
+        run("again: add.u32 %r1, %r1, 1; bra again;")
 
 
 # What the async proxy reads must be fenced by who wrote it.

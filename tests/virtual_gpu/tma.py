@@ -44,7 +44,6 @@ class TensorMap:
         box: elements in each dimension, at most 256; () with ``im2col``.
         steps: every how many-th element of the box is moved; () for all.
         swizzle: 0, 32, 64 or 128 bytes; the box's rows may then be no longer than that.
-        fill_nan: out-of-bounds elements read as NaN instead of 0.
         im2col: the fields of that mode; None for the tiled one.
 
     Raises:
@@ -62,7 +61,6 @@ class TensorMap:
     box: tuple[int, ...] = ()
     steps: tuple[int, ...] = ()
     swizzle: int = 0
-    fill_nan: bool = False
     im2col: Im2col | None = None
 
     def __post_init__(self) -> None:

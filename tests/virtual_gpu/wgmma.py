@@ -166,8 +166,8 @@ def warpgroups(m: Any) -> np.ndarray:
 
 @op("wgmma.mma_async.sync.aligned")
 def _wgmma(code: Code, i: Instruction) -> Step:
-    shape, d, a_kind, b_kind = [p for p in i.parts[4:] if p != "satfinite"]
-    if d not in ("f32", "s32") or a_kind not in tensor.ELEMENT_BYTES or b_kind not in tensor.ELEMENT_BYTES:
+    shape, d, a_kind, b_kind, *more = i.parts[4:]
+    if more or d not in ("f32", "s32") or a_kind not in tensor.ELEMENT_BYTES or b_kind not in tensor.ELEMENT_BYTES:
         raise PtxError(f"{i.op} is not supported")
     d_operand, a, b, scale, *constants = i.operands
     numbers = [c.value for c in constants]
