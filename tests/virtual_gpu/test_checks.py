@@ -185,6 +185,10 @@ def test_a_report_names_both_lines_of_a_race() -> None:
         ("add.u32 %r1, %r2, %nobody;", r"PTX line 24: .*%nobody"),
         ("bra nowhere;", "no label 'nowhere'"),
         ("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%r1}, {%r2}, {%r3}, {%r4};", "PTX line 24: .*not supported"),
+        # Operands that would be taken for the size of the source.
+        ("cp.async.cg.shared.global [%at], [%x], 16, %p1;", "PTX line 24: .*not supported"),
+        ("cp.async.cg.shared.global.L2::cache_hint [%at], [%x], 16, %rd1;", "PTX line 24: .*not supported"),
+        ("wgmma.mma_async.sync.aligned.m64n8k32.s32.s8.s8.satfinite {%r1}, %rd1, %rd2, 1;", "PTX line 24: .*not"),
     ],
 )
 def test_what_is_unknown_is_refused_at_load(body: str, message: str) -> None:

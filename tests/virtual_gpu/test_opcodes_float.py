@@ -100,11 +100,29 @@ def passing_nan(fn: Callable[[float, float], float]) -> Callable[[float, float],
     return lambda a, b: math.nan if a != a or b != b else fn(a, b)
 
 
-def flushing(fn: Callable[..., float]) -> Callable[..., float]:
-    """.ftz: subnormal operands and results are zeros of the same sign."""
+def flush(x: float) -> float:
+    """.ftz: subnormal numbers are zeros of the same sign."""
+    return math.copysign(0, x) if abs(x) < 2.0**-126 else x
 
-    def flush(x: float) -> float:
-        return math.copysign(0, x) if abs(x) < 2.0**-126 else x
+
+def flushed_comparison(fn: Callable[[float, float], bool]) -> Callable[..., int]:
+    def oracle(*bits: int) -> int:
+        a, b = (flush(value(x, "f32")) for x in bits)
+        return int(a == a and b == b and fn(a, b))
+
+    return oracle
+
+
+def flushed_rounding(fn: Callable[[float], int]) -> Callable[..., int | str]:
+    def oracle(bits: int) -> int | str:
+        x = flush(value(bits, "f32"))
+        return encode(math.copysign(fn(x), x) if math.isfinite(x) else x, "f32")
+
+    return oracle
+
+
+def flushing(fn: Callable[..., float]) -> Callable[..., float]:
+    """.ftz of operands and result."""
 
     def flushed(*numbers: float) -> float:
         bits = encode(fn(*map(flush, numbers)), "f32")
@@ -179,6 +197,8 @@ def comparisons() -> Iterator[Form]:
     for kind in ("f32", "f16", "bf16"):
         yield from (setp(name, kind) for name in (*(f"{name}u" for name in COMPARE), "num", "nan"))
     yield from (setp(name, "u32") for name in UNSIGNED)
+    for name, fn in COMPARE.items():
+        yield Form(f"setp.{name}.ftz.f32", ("f32", "f32"), "pred", flushed_comparison(fn))
     yield from (setp("lt", kind, combine) for combine in ("and", "or", "xor") for kind in ("s32", "f32"))
 
 
@@ -199,6 +219,8 @@ def conversions() -> Iterator[Form]:
     for to, of, mode in (("f32", "f16", ""), ("f32", "bf16", ""), ("f64", "f32", ""), ("f32", "f64", "rn")):
         yield convert(to, of, mode)
     yield convert("f32", "f32", "sat")
+    for mode, fn in (("rmi", math.floor), ("rpi", math.ceil)):
+        yield Form(f"cvt.{mode}.ftz.f32.f32", ("f32",), "f32", flushed_rounding(fn))
     yield convert("tf32", "f32", "rna")
     yield from (packing(to) for to in ("f16", "bf16"))
 

@@ -8,8 +8,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
-from tests.virtual_gpu import tma
+from tests.virtual_gpu import Mapped, launch, tma
+from tests.virtual_gpu.snippets import snippet
 
 Place = tuple[int, int | None]  # byte in shared memory, byte in global memory or None where out of bounds
 
@@ -114,6 +116,31 @@ def test_im2col(corner: tuple[int, ...], offsets: tuple[int, ...]) -> None:
     expected = im2col(tensor, corner, offsets, 1024)
     assert elements(tensor, copies) == expected
     assert len(expected) == 80 * 32
+
+
+IM2COL = """
+setp.eq.u32 %p1, %tid, 0; mov.b32 %r10, smem; add.u32 %r11, %r10, 4096; mov.b64 %rd1, x_ptr;
+@%p1 mbarrier.init.shared::cta.b64 [%r11], 1;
+bar.sync 0;
+@%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r11], 4096;
+mov.b32 %r12, 0; mov.b32 %r13, -1; mov.b16 %h1, 2; mov.b16 %h2, 1;
+@%p1 cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes
+    [%r10], [%rd1, {%r12, %r13, %r13, %r12}], [%r11], {%h1, %h2};
+{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%r11], 0; @!done bra again; }
+ld.shared.v4.b32 {%r1, %r2, %r3, %r4}, [%at];
+st.global.v4.b32 [%out], {%r1, %r2, %r3, %r4};
+"""
+
+
+def test_im2col_in_ptx() -> None:
+    """The tap (1, 2) of a 3x3 convolution: 64 pixels of 32 channels, the last four past the second and last image."""
+    x = torch.arange(2 * 5 * 6 * 32, dtype=torch.int16).view(2, 5, 6, 32) + 1
+    out = torch.empty(256, 8, dtype=torch.int16)
+    mapped = Mapped(x, box=(), options={"im2col": tma.Im2col((-1, -1), (-1, -1), 32, 64)})
+    launch(snippet(IM2COL, threads=256, size=16), (1,), [mapped, out], outputs=[1], shared_bytes=8192)
+    shifted = torch.nn.functional.pad(x, (0, 0, 1, 1, 1, 1))[:, 1:6, 2:8]
+    assert torch.equal(out.view(64, 32)[:60], shifted.reshape(60, 32))
+    assert not out.view(64, 32)[60:].any()
 
 
 def test_im2col_in_three_and_five_dimensions_is_that_of_four() -> None:
