@@ -303,7 +303,8 @@ def predict(counters: Counters, gpu: Gpu, registers: int, shared_bytes: int, cta
     """The time a launch would take if its most wanted resource were always busy: a model, and a lower bound.
 
     max(tensor, issue, shared, L2, HBM). The first four belong to a multiprocessor (of the L2 its share), so they wait
-    for the one that got the most CTAs: ``ceil(ctas / SMs)`` of them. HBM carries every touched sector once.
+    for the one that got the most CTAs: ``ceil(ctas / SMs)`` of them. HBM carries every touched sector once. Where a
+    grid leaves SMs idle, the others may get more than their share of the L2 (how much is not published), and be faster.
 
     Args:
         counters: of a launch, all of it or (with ``ctas``) a part; of 16-bit tensor instructions.
