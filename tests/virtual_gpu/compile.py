@@ -15,7 +15,7 @@ import numpy as np
 
 from tests.virtual_gpu.alu import ALU, TYPES, Sources
 from tests.virtual_gpu.bits import setp
-from tests.virtual_gpu.memory import SHARED_WINDOW, Fault
+from tests.virtual_gpu.memory import LOCAL_WINDOW, SHARED_WINDOW, Fault, addresses_of
 from tests.virtual_gpu.parse import Instruction, Kernel, Memory, PtxError, Register, Vector
 
 PARAMETER_BASE = 0x5000_0000_0000  # where parameters lie in the generic address space: tensor maps are found there
@@ -53,7 +53,9 @@ class Code:
         self.granule = 16
         self.warpgroups = any(i.parts[0] == "wgmma" for i in kernel.instructions)
         self.parameters = {p.name: p.offset for p in kernel.parameters}
-        self.symbols = kernel.shared | {name: PARAMETER_BASE + offset for name, offset in self.parameters.items()}
+        self.symbols = kernel.shared | kernel.local
+        self.symbols |= {name: PARAMETER_BASE + offset for name, offset in self.parameters.items()}
+        self.symbols |= dict(zip(kernel.constants, addresses_of(kernel.constants.values()), strict=True))
         self.steps: list[Step] = []
         for instruction in self.instructions:
             try:
@@ -185,9 +187,8 @@ def _move(code: Code, i: Instruction) -> Step:
 @op("cvta")
 def _generic(code: Code, i: Instruction) -> Step:
     read = code.sources(i)(1, np.dtype("u8"))
-    if "shared" not in i.parts and "shared::cta" not in i.parts:
-        return code.assign(i.operands[0], read)
-    window = np.uint64(SHARED_WINDOW)
+    windows = {"shared": SHARED_WINDOW, "shared::cta": SHARED_WINDOW, "local": LOCAL_WINDOW}
+    window = np.uint64(next((windows[p] for p in i.parts if p in windows), 0))
     if "to" in i.parts:
         return code.assign(i.operands[0], lambda R: read(R) - window)
     return code.assign(i.operands[0], lambda R: read(R) + window)

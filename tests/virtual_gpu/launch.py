@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 import struct
@@ -93,11 +94,16 @@ def ptx_entry(source: str | Path, name: str = "") -> Entry:
     if "\n" not in text:
         path = Path(text)
         text = path.read_text() if path.suffix == ".ptx" else _from_fatbin(path)
+    return Entry(_code(text, name), text)
+
+
+@functools.lru_cache(maxsize=64)
+def _code(text: str, name: str) -> Code:
     kernels = parse(text)
     found = [kernel for full, kernel in kernels.items() if name in full]
     if len(found) != 1:
         raise PtxError(f"{len(found)} entries fit {name!r}; there are: {', '.join(kernels)}")
-    return Entry(Code(found[0]), text)
+    return Code(found[0])
 
 
 def _from_fatbin(path: Path) -> str:
@@ -147,10 +153,8 @@ def compile_triton(kernel: Any, arguments: Mapping[str, Any], target: int) -> tu
 def triton_entry(kernel: Any, arguments: Mapping[str, Any], target: int) -> Entry:
     """The entry of a ``@triton.jit`` function; arguments as for :func:`launch`."""
     compiled, layout = compile_triton(kernel, arguments, target)
-    code = Code(next(iter(parse(compiled.asm["ptx"]).values())))
-    return Entry(
-        code, compiled.asm["ptx"], compiled.metadata.shared, layout, tuple(compiled.metadata.tensordesc_meta or ())
-    )
+    ptx, metadata = compiled.asm["ptx"], compiled.metadata
+    return Entry(_code(ptx, metadata.name), ptx, metadata.shared, layout, tuple(metadata.tensordesc_meta or ()))
 
 
 _TRITON_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32"}
@@ -216,6 +220,8 @@ def launch(
         flat = _storage(tensor)
         return memory.allocate(name, roles[0] if roles else "input", flat, tensor.element_size())
 
+    for name, data in code.kernel.constants.items():
+        memory.allocate(name, "input", np.frombuffer(data, np.uint8), 1)
     values = [(name, args[name]) for name in entry.layout] if entry.layout else list(_named(args))
     parameters, maps = _pack(code, list(_placed(values, list(entry.descriptors), place)))
     names = [a.name for a in memory.allocations]
@@ -242,7 +248,7 @@ def launch(
         raise KernelError(fault.kind, f"{fault}\nin {code.name}") from None
     if observer is not None:
         observer.end()
-    for n, tensor in enumerate(tensors):
+    for n, tensor in enumerate(tensors, len(code.kernel.constants)):
         if memory.allocations[n].role != "input":
             _storage(tensor)[:] = memory.contents(n)
 

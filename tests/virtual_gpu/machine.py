@@ -16,7 +16,7 @@ import numpy as np
 
 from tests.virtual_gpu.async_agents import Agents
 from tests.virtual_gpu.compile import Code
-from tests.virtual_gpu.memory import Fault, GlobalMemory, SharedMemory
+from tests.virtual_gpu.memory import Fault, GlobalMemory, LocalMemory, SharedMemory
 from tests.virtual_gpu.parse import SIZES, Instruction
 from tests.virtual_gpu.race import RaceDetector
 
@@ -55,6 +55,7 @@ class Machine:
         self.ctas, self.cta_threads = ctas, threads  # ctas: [C, 3] positions in the grid
         self.threads, self.cta_warps = len(ctas) * threads, threads // 32
         self.shared = SharedMemory(len(ctas), shared_bytes)
+        self.local = LocalMemory(self.threads, code.kernel.local_bytes)
         thread = np.arange(self.threads)
         self.cta_of, self.warp_of = thread // threads, thread // 32
         self.base = self.cta_of * self.shared.stride

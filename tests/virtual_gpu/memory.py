@@ -7,7 +7,7 @@ one row per CTA of the chunk. Both are read and written by vectors of addresses;
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from tests.virtual_gpu.parse import SHARED_BASE
 
 GLOBAL_BASE = 0x7000_0000_0000
 SHARED_WINDOW = 0x6000_0000_0000  # where shared memory lies in the generic address space
+LOCAL_WINDOW = 0x4000_0000_0000  # and where that of a thread lies
 _GUARD = 4096
 _ALIGN = 512  # as PyTorch's allocator aligns
 POISON = 0xFF  # a NaN in every float type
@@ -47,6 +48,13 @@ class Allocation:
 
 def _views(data: np.ndarray) -> dict[int, np.ndarray]:
     return {size: data.view(word) for size, word in WORDS.items()}
+
+
+def addresses_of(contents: Iterable[bytes]) -> Iterator[int]:
+    """Where a :class:`GlobalMemory` puts these if they are allocated first, in this order."""
+    memory = GlobalMemory()
+    for data in contents:
+        yield memory.allocate("", "input", np.frombuffer(data, np.uint8), 1)
 
 
 class GlobalMemory:
@@ -196,6 +204,37 @@ def one_by_one(
         before[lane] = cells[i]
         cells[i] = update(cells[i], values[lane])
     return before
+
+
+class LocalMemory:
+    """What each thread has for itself: arrays that the compiler could not keep in registers."""
+
+    def __init__(self, threads: int, size: int) -> None:
+        self.size, self.stride = size, -(-size // 16) * 16
+        self.view = _views(np.full(threads * self.stride, POISON, np.uint8))
+        self.known = _views(np.zeros(threads * self.stride, np.uint8))
+
+    def _index(self, threads: np.ndarray, addresses: np.ndarray, size: int) -> np.ndarray:
+        offsets = addresses.astype(np.int64)
+        bad = np.flatnonzero((offsets % size != 0) | (offsets < 0) | (offsets + size > self.size))
+        if bad.size:
+            kind = "misaligned" if offsets[bad[0]] % size else "out of bounds"
+            message = f"{size} bytes at byte {offsets[bad[0]]} of local memory; the thread has {self.size}"
+            raise Fault(kind, message, int(bad[0]))
+        return (threads * self.stride + offsets) // size
+
+    def load(self, threads: np.ndarray, addresses: np.ndarray, size: int) -> np.ndarray:
+        index = self._index(threads, addresses, size)
+        missing = np.flatnonzero((self.known[size][index].view(np.uint8) == 0).reshape(-1, size).any(axis=1))
+        if missing.size:
+            message = f"load of local memory that nobody wrote: byte {int(addresses[missing[0]])}"
+            raise Fault("uninitialised", message, int(missing[0]))
+        return self.view[size][index]
+
+    def store(self, threads: np.ndarray, addresses: np.ndarray, values: np.ndarray, size: int) -> None:
+        index = self._index(threads, addresses, size)
+        self.view[size][index] = values
+        self.known[size][index] = np.full(size, 1, np.uint8).view(WORDS[size])[0]
 
 
 class SharedMemory:

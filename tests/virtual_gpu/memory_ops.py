@@ -9,26 +9,14 @@ import numpy as np
 
 from tests.virtual_gpu.alu import TYPES
 from tests.virtual_gpu.compile import Code, Step, op, pick
-from tests.virtual_gpu.memory import SHARED_WINDOW, WORDS, one_by_one
+from tests.virtual_gpu.memory import LOCAL_WINDOW, SHARED_WINDOW, WORDS, Fault, one_by_one
 from tests.virtual_gpu.parse import Instruction, PtxError, Symbol, Vector
 
 _SPACES = ("global", "shared", "shared::cta", "param", "local", "const")
-_ORDER = {
-    "volatile",
-    "relaxed",
-    "acquire",
-    "release",
-    "acq_rel",
-    "cta",
-    "cluster",
-    "gpu",
-    "sys",
-    "weak",
-    "nc",
-    "ca",
-    "cg",
-}
-_ORDER |= {"cs", "cv", "lu", "wb", "wt", "async"}
+# Order and caching: here memory is in order, and there are no caches.
+_ORDER = {"volatile", "weak", "relaxed", "acquire", "release", "acq_rel", "cta", "cluster", "gpu", "sys"}
+_ORDER |= {"nc", "ca", "cg", "cs", "cv", "lu", "wb", "wt", "async"}
+_WINDOWS = {SHARED_WINDOW >> 32: "shared", LOCAL_WINDOW >> 32: "local"}
 
 
 def _access(code: Code, i: Instruction) -> tuple[str, int, str]:
@@ -38,20 +26,24 @@ def _access(code: Code, i: Instruction) -> tuple[str, int, str]:
     known = {*_SPACES, "v2", "v4", "v8", *_ORDER}
     unknown = [p for p in i.parts[1:-1] if p not in known and not p.startswith(("L1::", "L2::"))]
     size = count * TYPES[i.parts[-1]].itemsize
-    if unknown or space in ("local", "const") or (size > 16 and space != "param"):
+    if unknown or (size > 16 and space != "param"):
         raise PtxError(f"{i.op} is not supported")
     if space in ("shared", "shared::cta") or (not space and code.kernel.shared):
         code.touches_shared(size)
     return space.removesuffix("::cta"), count, i.parts[-1]
 
 
-def in_shared(space: str, addresses: np.ndarray) -> np.ndarray | None:
-    """Addresses within shared memory, None if this access goes to global memory."""
-    if space == "shared":
-        return addresses
-    if space == "global" or not ((addresses >> np.uint64(32)) == SHARED_WINDOW >> 32).all():
-        return None
-    return addresses & np.uint64(0xFFFFFFFF)
+def resolve(m: Any, space: str, addresses: np.ndarray) -> tuple[str, np.ndarray]:
+    """(space, addresses in it); a generic access of all threads must go to one space."""
+    if space:
+        return "global" if space == "const" else space, addresses
+    windows = addresses >> np.uint64(32)
+    space = _WINDOWS.get(int(windows[0]), "global")
+    if space == "global":
+        return space, addresses
+    if (windows != windows[0]).any():
+        raise Fault("generic access", f"one thread goes to {space} memory, another one elsewhere: not simulated", 0)
+    return space, addresses & np.uint64(0xFFFFFFFF)
 
 
 @op("ld")
@@ -66,16 +58,17 @@ def _load(code: Code, i: Instruction) -> Step:
 
     def run(m: Any) -> None:
         lanes = m.lanes()
-        addresses = pick(address(m), lanes)
-        shared = in_shared(space, addresses)
-        if shared is None:
-            words = m.memory.load(addresses.astype(np.uint64, copy=False), size)
+        where, addresses = resolve(m, space, pick(address(m), lanes))
+        if where == "global":
+            words = m.memory.load(addresses, size)
+        elif where == "local":
+            words = m.local.load(np.arange(m.threads) if lanes is None else lanes, addresses, size)
         else:
-            offsets = m.shared.flat(pick(m.base, lanes), shared, size)
+            offsets = m.shared.flat(pick(m.base, lanes), addresses, size)
             m.race.read(offsets, size, pick(m.warp_of, lanes), m.pc)
             words = m.shared.view[size][offsets // size]
-        if m.observer is not None:
-            m.observe(i, "global" if shared is None else "shared", "load", lanes, addresses, size)
+        if m.observer is not None and where != "local":
+            m.observe(i, where, "load", lanes, addresses, size)
         elements = words.view(element).reshape(-1, count)
         for column, target in enumerate(targets):
             if target is not None:
@@ -118,19 +111,20 @@ def _store(code: Code, i: Instruction) -> Step:
 
     def run(m: Any) -> None:
         lanes = m.lanes()
-        addresses = pick(address(m), lanes)
+        where, addresses = resolve(m, space, pick(address(m), lanes))
         columns = [pick(np.broadcast_to(read(m.R), m.threads), lanes) for read in reads]
         values = (
             (np.stack(columns, axis=1) if count > 1 else np.ascontiguousarray(columns[0])).view(WORDS[size]).ravel()
         )
-        shared = in_shared(space, addresses)
-        if shared is None:
-            m.memory.store(addresses.astype(np.uint64, copy=False), values, size)
+        if where == "global":
+            m.memory.store(addresses, values, size)
+        elif where == "local":
+            m.local.store(np.arange(m.threads) if lanes is None else lanes, addresses, values, size)
         else:
-            offsets = m.shared.flat(pick(m.base, lanes), shared, size)
+            offsets = m.shared.flat(pick(m.base, lanes), addresses, size)
             m.shared.store(offsets, values, size, pick(m.warp_of, lanes), m.race, m.pc)
-        if m.observer is not None:
-            m.observe(i, "global" if shared is None else "shared", "store", lanes, addresses, size)
+        if m.observer is not None and where != "local":
+            m.observe(i, where, "store", lanes, addresses, size)
 
     return run
 

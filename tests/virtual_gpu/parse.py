@@ -118,6 +118,9 @@ class Kernel:
     registers: list[str] = field(default_factory=list)  # the type of each slot
     shared: dict[str, int] = field(default_factory=dict)  # the address of each shared variable
     shared_bytes: int = 0  # of static variables
+    local: dict[str, int] = field(default_factory=dict)  # the address of each variable in a thread's own memory
+    local_bytes: int = 0
+    constants: dict[str, bytes] = field(default_factory=dict)  # tables in constant or global memory
 
 
 def _source_line(name: str, number: int) -> str:
@@ -140,6 +143,11 @@ _FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"(?:\s+"([^"]*)")?')
 _LOC = re.compile(r"^\s*\.loc\s+(\d+)\s+(\d+)")
 _LABEL = re.compile(r"^([\w$%]+)\s*:(?!:)")
 _SHARED = re.compile(r"\.shared\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d*)\])?")
+_VARIABLE = re.compile(
+    r"(?:\.(?:visible|weak)\s+)?\.(local|const|global)\s+(?:\.align\s+\d+\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d+)\])?"
+    r"(?:\s*=\s*(.*))?$",
+    re.S,
+)
 _PARAM = re.compile(r"\.param\s+(.*?)\.([busf]\d+)\s+(?:\.ptr\S*\s+.*?)?([\w$]+)(?:\[(\d+)\])?\s*$")
 _OPCODE = re.compile(r"([a-z][\w.:]*)\s*")
 _NUMBER = re.compile(r"(-?)(?:0[fF]([0-9a-fA-F]{8})|0[dD]([0-9a-fA-F]{16})|(0[xX][0-9a-fA-F]+|\d+)U?)$")
@@ -150,6 +158,7 @@ class _Parser:
         self.kernels: dict[str, Kernel] = {}
         self.files = {int(m[1]): self._path(m) for m in map(_FILE.match, text.splitlines()) if m}
         self.target = (re.search(r"^\s*\.target\s+(\w+)", text, re.M) or ["", ""])[1]
+        self.constants: dict[str, bytes] = {}
         self.module_shared: list[tuple[str, int, int]] = []  # name, size, alignment
         self.kernel: Kernel | None = None
         self.scopes: list[dict[str, Register]] = []
@@ -279,6 +288,7 @@ class _Parser:
         for variable in self.module_shared:
             if not variable[1]:
                 self._place(*variable)
+        self.kernel.constants = dict(self.constants)
         self.kernels[self.kernel.name] = self.kernel
         self.kernel = None
 
@@ -290,11 +300,27 @@ class _Parser:
                 self.module_shared.append(variable)
             else:
                 self._place(*variable)
+        elif (local := _VARIABLE.match(text)) and local[1] == "local":
+            assert self.kernel is not None
+            start = -(-self.kernel.local_bytes // 16) * 16
+            self.kernel.local[local[3]] = start
+            self.kernel.local_bytes = start + SIZES[local[2]] * int(local[4] or 1)
+        elif table := _VARIABLE.match(text):
+            self._constant(table)
         elif match := re.match(r"\.reg\s+(?:\.v\d\s+)?\.(\w+)\s+(.*)$", text, re.S):
             for name in match[2].split(","):
                 self._declare(name.strip(), match[1])
         elif not re.match(r"\.(pragma|extern|visible|global|const|weak|maxnreg|minnctapersm|noreturn)\b", text):
             raise PtxError(f"directive {text.split()[0]!r} is not supported")
+
+    def _constant(self, table: re.Match[str]) -> None:
+        """Only numbers: a table of addresses is not kept, and an error where it is used."""
+        size, count = SIZES[table[2]], int(table[4] or 1)
+        items = [_NUMBER.match(item) for item in _split((table[5] or "").strip("{} "))]
+        if all(items):
+            values = [int(n[2] or n[3], 16) if n[2] or n[3] else int(n[1] + n[4], 0) for n in items if n]
+            data = b"".join((value & ((1 << 8 * size) - 1)).to_bytes(size, "little") for value in values)
+            self.constants[table[3]] = data.ljust(size * count, b"\0")
 
     def _declare(self, name: str, kind: str) -> None:
         assert self.kernel is not None

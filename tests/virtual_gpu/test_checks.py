@@ -181,7 +181,7 @@ def test_a_report_names_both_lines_of_a_race() -> None:
         ("tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%at], 128;", r"PTX line 24: .*tcgen05"),
         ("add.rz.f32 %r1, %r2, %r3;", r"PTX line 24: .*\.rz is not supported"),
         ("mov.u32 %r1, %clock;", r"PTX line 24: .*%clock is not supported"),
-        ("ld.local.u32 %r1, [%x];", r"PTX line 24: .*is not supported"),
+        ("ld.global.v8.u32 {%r1, %r2}, [%x];", r"PTX line 24: .*is not supported"),
         ("add.u32 %r1, %r2, %nobody;", r"PTX line 24: .*%nobody"),
         ("bra nowhere;", "no label 'nowhere'"),
         ("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%r1}, {%r2}, {%r3}, {%r4};", "PTX line 24: .*not supported"),

@@ -49,6 +49,34 @@ def test_a_fatbin_is_opened(tmp_path: Path) -> None:
     assert torch.equal(c, expected)
 
 
+TABLES = """
+__constant__ float weights[4] = {1.0f, -2.0f, 0.5f, 4.0f};
+__device__ int order[4] = {3, 1, 0, 2};
+
+extern "C" __global__ void __launch_bounds__(64) tables(const float* x, float* out, int n) {
+  float mine[8];  // indexed by data: it cannot stay in registers
+  for (int i = 0; i < 8; ++i) mine[i] = x[threadIdx.x + i];
+  float sum = 0.0f;
+#pragma unroll 1
+  for (int i = 0; i < n; ++i) sum += weights[order[i & 3]] * mine[(threadIdx.x * 3 + i) & 7];
+  out[threadIdx.x] = sum;
+}
+"""
+
+
+def test_arrays_of_a_thread_and_constant_tables(tmp_path: Path) -> None:
+    source = tmp_path / "tables.cu"
+    source.write_text(TABLES)
+    ptx = cases.nvcc_ptx(source, "80")
+    assert ".local" in ptx
+    assert ".const" in ptx
+    x, out = testing.integer_tensor(72, limit=9), torch.empty(64)
+    launch(ptx_entry(ptx), (1,), [x, out, 7], outputs=[1])
+    weights, order = (1.0, -2.0, 0.5, 4.0), (3, 1, 0, 2)
+    expected = [sum(weights[order[i & 3]] * x[t + (t * 3 + i & 7)].item() for i in range(7)) for t in range(64)]
+    assert out.tolist() == expected
+
+
 def run_sm_90(name: str, **options: Any) -> None:
     a, b, expected = matrices(K)
     c = torch.empty_like(expected)
