@@ -85,6 +85,9 @@ def test_cuda(sm: int) -> None:
     if not names:
         pytest.skip("no nvcc in $CUDA_HOME, on the PATH, in /usr/local/cuda or among the Python packages")
     dtypes = ("fp32", "fp16", "bf16")
+    code = "".join(path.read_text() for path in [*CUDA.glob("*.cu"), *CUDA.glob("*.cuh")])
+    assert "extern __shared__" not in code, "the table would have to add dynamic shared memory, which no cubin tells"
+    assert {row.threads for row in rows() if row.kernel.startswith("cuda")} == {128}
     assert names == {(f"cuda {path.stem}", dtype) for path in CUDA.glob("*.cu") for dtype in dtypes}
     assert missed(sm, "cuda") == expected(sm, "cuda")
 

@@ -70,7 +70,8 @@ class Row:
     Attributes:
         kernel, sm, configuration: which; ``pool`` marks the pooled form of a configuration.
         threads: of a CTA.
-        registers, stack, shared: of a thread, of a thread, of a CTA; bytes.
+        registers, stack, shared: of a thread, of a thread, of a CTA; bytes. Dynamic shared memory is not in a cubin:
+            that of Triton's kernels is added, those of csrc/cuda have none.
         local: instructions that access local memory: spills.
         tensor, barriers, shuffles, sass, loop: instructions; ``loop`` those of the main loop, the one that multiplies.
         loads: global loads of the main loop, by opcode and width.
@@ -115,7 +116,7 @@ def triton_launches() -> Iterator[tuple[str, str, bool, Any, dict[str, Any]]]:
 
 
 def triton_row(sm: int, name: str, configuration: str, pool: bool, compiled: Any) -> Row:
-    (row,) = rows_of(compiled.asm["cubin"], name, sm, threads=32 * compiled.metadata.num_warps)
+    (row,) = rows_of(compiled.asm["cubin"], name, sm)
     shared = compiled.metadata.shared  # dynamic: the cubin does not know
     return Row(**row | {"configuration": configuration, "pool": pool, "shared": shared})
 
@@ -136,23 +137,27 @@ def cuda_rows(sm: int) -> Iterator[Row]:
             command = [nvcc, "-std=c++17", "-O3", "-cubin", f"-arch=sm_{sm}", source, "-o", file.name]
             subprocess.run(command, check=True)
             cubin = Path(file.name).read_bytes()
-        for row in rows_of(cubin, f"cuda {source.stem}", sm, threads=128):
+        for row in rows_of(cubin, f"cuda {source.stem}", sm):
             yield Row(**row)
 
 
-def rows_of(cubin: bytes, kernel: str, sm: int, threads: int) -> Iterator[dict[str, Any]]:
+def rows_of(cubin: bytes, kernel: str, sm: int) -> Iterator[dict[str, Any]]:
     """The columns of every function of a cubin, from ``cuobjdump`` and ``nvdisasm``."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = run("cuobjdump", "-res-usage", file.name)
+        usage = run("cuobjdump", "-elf", "-res-usage", file.name)
         listing = run("nvdisasm", "-c", file.name)
     for text in listing.split("\n.text.")[1:]:
         name, body = text.split(":", 1)
         resources = re.search(rf"Function {re.escape(name)}:\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
-        if resources is None:
-            raise RuntimeError(f"cuobjdump says nothing of {name}; it says {usage!r}")
+        # Of __launch_bounds__ or .reqntid: x, y and z, in the section of the function's own attributes.
+        attributes = usage.partition(f"\n.nv.info.{name}\n")[2]
+        size = re.search(r"EIATTR_(?:MAX_THREADS|REQNTID)\n.*\n\s*Value:\s+(\w+) (\w+) (\w+)", attributes)
+        if resources is None or size is None:
+            raise RuntimeError(f"cuobjdump does not give the registers and threads of {name}; it says {usage[:200]!r}")
         registers, stack, shared = map(int, resources.groups())
+        threads = math.prod(int(n, 16) for n in size.groups())
         opcodes, loop = disassembled(body)
         count = {name: sum(bool(re.match(p, op)) for op in opcodes) for name, p in COUNTED.items()}
         macs = sum(map(multiply_adds, loop))

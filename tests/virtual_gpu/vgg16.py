@@ -68,7 +68,7 @@ def run(size: int, target: int, count: int) -> None:
         seconds = time.perf_counter() - begin
         y = arguments["out_ptr"]
         testing.assert_conv_close(y, x, weight, relu=True, pool=pool)
-        (row,) = rows_of(compiled.asm["cubin"], "conv3x3", target, counters.threads)
+        (row,) = rows_of(compiled.asm["cubin"], "conv3x3", target)
         models = [predict(counters, GPUS[name], row["registers"], compiled.metadata.shared) for name in names]
         numbers = (2e-9 * 9 * h * h * cin * cout, seconds, *(model.seconds for model in models))
         sums = [a + b for a, b in zip(sums, numbers, strict=True)]
