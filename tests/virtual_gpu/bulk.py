@@ -9,7 +9,7 @@ import numpy as np
 from tests.virtual_gpu import tma
 from tests.virtual_gpu.async_agents import Agent
 from tests.virtual_gpu.compile import PARAMETER_BASE, Code, Step, op, pick
-from tests.virtual_gpu.memory import POISON, WORDS, Fault
+from tests.virtual_gpu.memory import WORDS, Fault
 from tests.virtual_gpu.parse import SHARED_BASE, Immediate, Instruction, Memory, PtxError
 
 _U32 = np.dtype("u4")
@@ -129,18 +129,12 @@ def _init(code: Code, i: Instruction) -> Step:
     return run
 
 
+_ARRIVE = {"arrive", "expect_tx", "shared", "shared::cta", "b64", "release", "relaxed", "cta"}
+
+
 @op("mbarrier.arrive", "mbarrier.expect_tx")
 def _arrive(code: Code, i: Instruction) -> Step:
-    if unknown := set(i.parts[1:]) - {
-        "arrive",
-        "expect_tx",
-        "shared",
-        "shared::cta",
-        "b64",
-        "release",
-        "relaxed",
-        "cta",
-    }:
+    if unknown := set(i.parts[1:]) - _ARRIVE:
         raise PtxError(f"{i.op}: .{min(unknown)} is not supported")
     expects, arrives = "expect_tx" in i.parts, "arrive" in i.parts
     at = next(n for n, operand in enumerate(i.operands) if isinstance(operand, Memory))
@@ -201,20 +195,11 @@ class BulkLoad:
     """Bytes on their way to shared memory, for one or more CTAs; ``finish`` tells the mbarrier."""
 
     def __init__(self, m: Any, lanes: np.ndarray, offsets: np.ndarray, words: np.ndarray, barrier: Mbarrier) -> None:
-        self.m, self.ctas, self.offsets, self.words, self.barrier, self.pc = (
-            m,
-            m.cta_of[lanes],
-            offsets,
-            words,
-            barrier,
-            m.pc,
-        )
-        self.unit = words.dtype.itemsize
+        self.m, self.ctas, self.barrier, self.pc = m, m.cta_of[lanes], barrier, m.pc
+        self.offsets, self.words, self.unit = offsets, words, words.dtype.itemsize
         m.race.issue_copy(offsets.ravel(), self.unit, np.repeat(m.warp_of[lanes], offsets.shape[1]), m.pc, proxy=True)
         if m.schedule != "earliest":
-            m.shared.view[self.unit][offsets // self.unit] = np.full(self.unit, POISON, np.uint8).view(
-                WORDS[self.unit]
-            )[0]
+            m.shared.poison(offsets, self.unit)
 
     def finish(self) -> None:
         self.m.shared.view[self.unit][self.offsets // self.unit] = self.words
@@ -225,26 +210,24 @@ class BulkLoad:
 class BulkStore(Agent):
     """Bytes on their way from shared to global memory."""
 
-    def __init__(
-        self, m: Any, lanes: np.ndarray, offsets: np.ndarray, targets: np.ndarray, inside: Any, unit: int
-    ) -> None:
-        self.m, self.lanes, self.offsets, self.targets, self.inside, self.unit = (
-            m,
-            lanes,
-            offsets,
-            targets,
-            inside,
-            unit,
-        )
+    def __init__(self, m: Any, lanes: np.ndarray, offsets: np.ndarray, moves: tma.Copies) -> None:
+        self.m, self.lanes, self.offsets, self.unit = m, lanes, offsets, moves.unit
+        self.targets, self.inside = moves.global_address, moves.inside
         self.pc, self.warps = m.pc, m.warp_of[lanes][:, None]
-        granules = m.race.granules(offsets.ravel(), unit).reshape(len(lanes), -1)
+        granules = m.race.granules(offsets.ravel(), moves.unit).reshape(len(lanes), -1)
         self.cells = np.stack([np.unique(row) for row in granules])
+        m.lanes_now = np.repeat(lanes, self.cells.shape[1])
         m.race.issue_read(self.cells, self.warps, m.pc)
 
     def move(self) -> None:
-        words = self.m.shared.view[self.unit][self.offsets // self.unit]
-        self.m.memory.store(self.targets[self.inside].astype(np.uint64), words[self.inside], self.unit)
         self.moved = True
+        if not self.inside.any():
+            return
+        words = self.m.shared.view[self.unit][self.offsets // self.unit]
+        waiting, self.m.pc = self.m.pc, self.pc  # what is wrong with the store is reported where it was issued
+        self.m.lanes_now = np.repeat(self.lanes, self.inside.sum(axis=1))
+        self.m.memory.store(self.targets[self.inside].astype(np.uint64), words[self.inside], self.unit)
+        self.m.pc = waiting
 
     def finish(self) -> None:
         if not self.moved:
@@ -307,7 +290,7 @@ def _tensor(code: Code, i: Instruction) -> Step:
         m.lanes_now = np.repeat(lanes, moves.inside.shape[1])
         offsets = m.shared.flat(flat, moves.shared_address.ravel(), moves.unit).reshape(moves.inside.shape)
         if barrier_address is None:
-            m.agents.issue_store(BulkStore(m, lanes, offsets, moves.global_address, moves.inside, moves.unit))
+            m.agents.issue_store(BulkStore(m, lanes, offsets, moves))
             if m.observer is not None:
                 inside = moves.global_address[moves.inside]
                 m.observer.bulk(i, "store", moves.inside.size * moves.unit, inside, moves.unit)

@@ -115,7 +115,7 @@ class Machine:
             return np.arange(self.threads // 32)
         counts = self.mask.reshape(-1, 32).sum(axis=1)
         if (counts % 32).any():
-            warp = int(np.flatnonzero(counts % 32)[0])
+            warp, self.lanes_now = int(np.flatnonzero(counts % 32)[0]), None
             raise Fault("partial warp", f"executed by {counts[warp]} of 32 threads", warp * 32)
         return np.flatnonzero(counts)
 
@@ -341,7 +341,8 @@ class Machine:
     def _report(self, fault: Fault) -> KernelError:
         instruction = self.code.instructions[self.pc]
         where = self.code.name
-        if fault.thread is not None:
+        count = self.threads if self.lanes_now is None else len(self.lanes_now)
+        if fault.thread is not None and fault.thread < count:
             thread = fault.thread if self.lanes_now is None else int(self.lanes_now[fault.thread])
             where += f", CTA {self.place(thread)}, thread {thread % self.cta_threads}"
         return KernelError(fault.kind, f"{fault}\nin {where}, at\n  {instruction}", instruction)

@@ -13,14 +13,14 @@ import numpy as np
 from tests.virtual_gpu import tensor
 from tests.virtual_gpu.compile import Code, Step, op
 from tests.virtual_gpu.memory import Fault
-from tests.virtual_gpu.parse import Immediate, Instruction, PtxError, Register, Vector
+from tests.virtual_gpu.parse import Instruction, PtxError, Register, Vector
 
 _U32 = np.dtype("u4")
 
 
 def slots(operand: Any) -> tuple[int, ...]:
     """Of a vector of registers."""
-    if not all(isinstance(item, Register) for item in operand.items):
+    if not isinstance(operand, Vector) or not all(isinstance(item, Register) for item in operand.items):
         raise PtxError("expected a vector of registers")
     return tuple(item.slot for item in operand.items)
 
@@ -154,24 +154,22 @@ def _mma(code: Code, i: Instruction) -> Step:
     if a not in tensor.ELEMENT_BYTES or b not in tensor.ELEMENT_BYTES:
         raise PtxError(f"{i.op}: operand type .{a} is not supported")
     saturate = "satfinite" in i.parts
-    single = [slots(operand) if isinstance(operand, Vector) else operand for operand in i.operands]
+    single = [slots(operand) for operand in i.operands]
+
+    length, grid = _grid(code, i)
 
     def run(m: Any) -> int | None:
         warps, lanes = m.warps(), m.lanes()
-        run_length, grid = _grid(code, i)
-        if grid is not None:
-            _mma_grid(m, grid, a, b, warps, lanes)
-            if m.observer is not None:
-                for n in range(1, run_length):
-                    m.observer.issue(code.instructions[i.index + n], len(warps))
-            return i.index + run_length
-        values = [fragments(m, registers, warps) for registers in single[1:]]
-        spread(m, single[0], tensor.mma(*values, (a, b, d), saturate), lanes)
-        return None
+        if grid is None:
+            values = [fragments(m, registers, warps) for registers in single[1:]]
+            spread(m, single[0], tensor.mma(*values, (a, b, d), saturate), lanes)
+            return None
+        _mma_grid(m, grid, a, b, warps, lanes)
+        if m.observer is not None:
+            for n in range(1, length):
+                m.observer.issue(code.instructions[i.index + n], len(warps))
+        return i.index + length
 
-    for operand in i.operands:
-        if isinstance(operand, Immediate):
-            raise PtxError(f"{i.op}: constant operands are not supported")
     return run
 
 
@@ -179,10 +177,7 @@ Grid = tuple[list[tuple[int, ...]], list[tuple[int, ...]], dict[tuple[int, int],
 
 
 def _grid(code: Code, i: Instruction) -> tuple[int, Grid | None]:
-    """(length, grid) of the longest run of fp32 mma's from here that is every A with every B; remembered."""
-    known = code.__dict__.setdefault("mma_grids", {})
-    if i.index in known:
-        return known[i.index]
+    """(length, grid) of the longest run of fp32 mma's from here that is every A with every B."""
     best: tuple[int, Grid | None] = (1, None)
     rows: dict[tuple[int, ...], int] = {}
     columns: dict[tuple[int, ...], int] = {}
@@ -202,24 +197,16 @@ def _grid(code: Code, i: Instruction) -> tuple[int, Grid | None]:
         written |= set(d)
         if len(tiles) == len(rows) * len(columns):
             best = (n + 1, (list(rows), list(columns), dict(tiles)))
-    known[i.index] = best
     return best
 
 
 def _mma_grid(m: Any, grid: Grid, a: str, b: str, warps: np.ndarray, lanes: np.ndarray | None) -> None:
     rows, columns, tiles = grid
     count = len(warps)
-    left = np.concatenate([fragments(m, registers, warps) for registers in rows])
-    left = (
-        tensor.mma_a(left, a).reshape(len(rows), count, 16, -1).transpose(1, 0, 2, 3).reshape(count, 16 * len(rows), -1)
-    )
-    right = np.concatenate([fragments(m, registers, warps) for registers in columns])
-    right = (
-        tensor.mma_b(right, b)
-        .reshape(len(columns), count, -1, 8)
-        .transpose(1, 2, 0, 3)
-        .reshape(count, left.shape[2], -1)
-    )
+    left = tensor.mma_a(np.concatenate([fragments(m, registers, warps) for registers in rows]), a)
+    left = left.reshape(len(rows), count, 16, -1).swapaxes(0, 1).reshape(count, 16 * len(rows), -1)
+    right = tensor.mma_b(np.concatenate([fragments(m, registers, warps) for registers in columns]), b)
+    right = right.reshape(len(columns), count, -1, 8).transpose(1, 2, 0, 3).reshape(count, left.shape[2], -1)
     product = np.matmul(left, right).reshape(count * len(rows), 16, -1)
     # [warp, row tile, lane, column tile, register] with the threads of a register side by side
     sums = tensor.mma_d(product, "f32").reshape(count, len(rows), 32, len(columns), 4).transpose(1, 3, 4, 0, 2)

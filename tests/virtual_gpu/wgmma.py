@@ -47,9 +47,16 @@ class Product(Agent):
         self.lanes = None if every else (groups[:, None] * 128 + np.arange(128)).ravel()
         self.warps = groups[:, None] * 4 + np.arange(4)
         # With registers as A the values are read when the product takes place: they must not change before.
-        self.b = machine.R[form.b].reshape(-1, 128)[groups, 0]
-        self.a = None if isinstance(form.a, tuple) else machine.R[form.a].reshape(-1, 128)[groups, 0]
+        self.b = self._descriptors(form.b)
+        self.a = None if isinstance(form.a, tuple) else self._descriptors(form.a)
         self.cells = self._cells()
+
+    def _descriptors(self, slot: int) -> np.ndarray:
+        values = self.machine.R[slot].reshape(-1, 128)[self.groups]
+        if (values != values[:, :1]).any():
+            thread = int(self.groups[(values != values[:, :1]).any(axis=1).argmax()]) * 128
+            raise Fault("descriptor", "the threads of a warpgroup give different ones", thread)
+        return values[:, 0]
 
     def _offsets(self, descriptors: np.ndarray, mn: int, transposed: bool) -> np.ndarray:
         """Byte offsets of the 16-byte units of an operand, ``[groups, r, u]``."""
@@ -59,6 +66,7 @@ class Product(Agent):
         base = m.base[self.groups * 128]
         whole = np.broadcast_to(addresses, (len(base), *addresses.shape[1:]))
         flat = np.repeat(base, addresses[0].size)
+        m.lanes_now = np.repeat(self.groups * 128, addresses[0].size)
         return m.shared.flat(flat, whole.reshape(-1), 16).reshape(whole.shape)
 
     def _matrix(self, descriptors: np.ndarray, mn: int, transposed: bool, kind: str) -> np.ndarray:
@@ -76,6 +84,7 @@ class Product(Agent):
     def issue(self) -> None:
         m, form = self.machine, self.form
         for cells in self.cells:
+            m.lanes_now = np.repeat(self.groups * 128, cells.shape[1])
             m.race.issue_read(cells, self.warps, self.pc)
         held = m.accumulators.get(form.accumulators)
         if held is None:
@@ -110,15 +119,11 @@ class Product(Agent):
         words = tensor.mma_d(product.reshape(count * 4, 16, -1), form.kinds[0])
         words = np.ascontiguousarray(words.transpose(2, 0, 1)).reshape(len(form.accumulators), -1)
         dtype = np.dtype("f4" if form.kinds[0] == "f32" else "i4")
-        adds = self.adds.all() or np.repeat(self.adds, 128)
+        adds, all_add = np.repeat(self.adds, 128), bool(self.adds.all())
         for n, old in enumerate(held.values):
-            before = (old if self.lanes is None else old[self.lanes]).view(dtype)
-            total = (
-                before + words[n].view(dtype)
-                if adds is True
-                else np.where(adds, before + words[n].view(dtype), words[n].view(dtype))
-            )
-            value = total.view(np.uint32)
+            value = words[n].view(dtype)
+            total = (old if self.lanes is None else old[self.lanes]).view(dtype) + value
+            value = (total if all_add else np.where(adds, total, value)).view(np.uint32)
             if self.lanes is not None:
                 whole = old.copy()
                 whole[self.lanes] = value
@@ -177,20 +182,17 @@ def _wgmma(code: Code, i: Instruction) -> Step:
         numbers.insert(0, 0)
     transposed = (bool(numbers[0]), bool(numbers[1])) if numbers else (False, False)
     n = int(shape[3:].partition("k")[0].lstrip("n"))
-    form = Form(
-        slots(d_operand), slots(a) if in_registers else a.slot, b.slot, n, (d, a_kind, b_kind), signs, transposed
-    )
+    source = slots(a) if in_registers else a.slot
+    form = Form(slots(d_operand), source, b.slot, n, (d, a_kind, b_kind), signs, transposed)
     read = code.sources(i).read(scale, np.dtype("?"))
     code.touches_shared(16)
 
     def run(m: Any) -> None:
         groups = warpgroups(m)
-        m.lanes()
-        used = (*form.accumulators, *(form.a if in_registers else ()))
-        m.check_wgmma_fence(used)
+        m.check_wgmma_fence((*form.accumulators, *(form.a if in_registers else ())))
         adds = np.broadcast_to(read(m.R), m.threads).reshape(-1, 128)[groups, 0]
+        m.lanes_now = None  # reports name threads of the chunk
         agent = Product(m, form, groups, adds, m.pc)
-        m.lanes_now = None
         agent.issue()
         m.agents.products.issue(agent)
         if m.observer is not None:
