@@ -27,10 +27,10 @@ from typing import Any
 import torch
 import triton
 
+from tests.virtual_gpu.cases import CUDA, find_nvcc
 from tests.virtual_gpu.launch import compile_triton
 from vgg_fast.kernels import conv3x3, maxpool2x2
 
-ROOT = Path(__file__).resolve().parents[2]
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TRITON_SMS, CUDA_SMS = (80, 90, 100, 120), (80, 90)
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -123,16 +123,10 @@ def triton_row(sm: int, name: str, configuration: str, pool: bool, compiled: Any
 
 def cuda_rows(sm: int) -> Iterator[Row]:
     """One row for each dtype of each kernel of csrc/cuda; none without nvcc."""
-    sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
-    from build import find_nvcc
-
     if (nvcc := find_nvcc()) is None:
-        print(
-            "no nvcc in $CUDA_HOME, on the PATH, in /usr/local/cuda or among the packages: no CUDA rows",
-            file=sys.stderr,
-        )
+        print("no nvcc, see csrc/cuda/build.py for where it is looked for: no CUDA rows", file=sys.stderr)
         return
-    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+    for source in sorted(CUDA.glob("*.cu")):
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             command = [nvcc, "-std=c++17", "-O3", "-cubin", f"-arch=sm_{sm}", source, "-o", file.name]
             subprocess.run(command, check=True)
