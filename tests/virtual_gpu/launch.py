@@ -143,7 +143,9 @@ def compile_triton(kernel: Any, arguments: Mapping[str, Any], target: int) -> tu
         specialize = not parameter.do_not_specialize
         if isinstance(value, int) and specialize and value == 1:
             signature[parameter.name], constants[parameter.name] = "constexpr", 1
-        elif isinstance(value, Tensor) or (isinstance(value, int) and specialize and value % 16 == 0):
+            continue
+        number = value.data_ptr() if isinstance(value, Tensor) else value
+        if specialize and isinstance(number, int) and number % 16 == 0:
             attributes[(n,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = compile(source, target=GPUTarget("cuda", target, 32), options=options)
@@ -217,13 +219,13 @@ def launch(
         position = len(tensors)
         roles = [role for role, names in (("output", outputs), ("scratch", scratch)) if {name, position} & {*names}]
         tensors.append(tensor)
-        flat = _storage(tensor)
-        return memory.allocate(name, roles[0] if roles else "input", flat, tensor.element_size())
+        role, skew = roles[0] if roles else "input", tensor.data_ptr() % 16
+        return memory.allocate(name, role, _storage(tensor), tensor.element_size(), skew)
 
     for name, data in code.kernel.constants.items():
         memory.allocate(name, "input", np.frombuffer(data, np.uint8), 1)
     values = [(name, args[name]) for name in entry.layout] if entry.layout else list(_named(args))
-    parameters, maps = _pack(code, list(_placed(values, list(entry.descriptors), place)))
+    parameters, maps = _pack(code, list(_placed(values, list(entry.descriptors), place)), hidden=bool(entry.layout))
     names = [a.name for a in memory.allocations]
     if unknown := {*outputs, *scratch} - {*names, *range(len(names))}:
         raise ValueError(f"no tensor is called {min(map(repr, unknown))}; there are {', '.join(names)}")
@@ -296,10 +298,13 @@ def _placed(values: list[tuple[str, Any]], decided: list[dict[str, Any]], place:
             yield name, value
 
 
-def _pack(code: Code, values: list[tuple[str, Any]]) -> tuple[bytes, dict[int, Any]]:
-    """The parameter block; tensor maps are left out of it and returned by their offset."""
+def _pack(code: Code, values: list[tuple[str, Any]], hidden: bool) -> tuple[bytes, dict[int, Any]]:
+    """The parameter block; tensor maps are left out of it and returned by their offset.
+
+    ``hidden``: the kernel has further parameters, which its own launcher fills with null pointers.
+    """
     declared = code.kernel.parameters
-    if len(values) > len(declared):
+    if len(values) > len(declared) or (len(values) < len(declared) and not hidden):
         raise ValueError(f"{code.name} has {len(declared)} parameters, {len(values)} were given")
     data, maps = bytearray(max((p.offset + p.size for p in declared), default=0)), {}
     for (name, value), parameter in zip(values, declared, strict=False):

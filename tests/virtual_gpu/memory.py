@@ -65,9 +65,9 @@ class GlobalMemory:
         self._contents: list[np.ndarray] = []
         self._end = _GUARD
 
-    def allocate(self, name: str, role: str, contents: np.ndarray, itemsize: int) -> int:
-        """Address of a new allocation with these bytes (uint8)."""
-        start = -(-self._end // _ALIGN) * _ALIGN
+    def allocate(self, name: str, role: str, contents: np.ndarray, itemsize: int, skew: int = 0) -> int:
+        """Address of a new allocation with these bytes (uint8), ``skew`` behind a well aligned address."""
+        start = -(-self._end // _ALIGN) * _ALIGN + skew
         self.allocations.append(Allocation(name, role, start, contents.size, itemsize))
         self._contents.append(contents)
         self._end = start + contents.size + _GUARD

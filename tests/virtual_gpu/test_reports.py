@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import triton
 import triton.language as tl
 
-from tests.virtual_gpu import KernelError, launch
+from tests.virtual_gpu import KernelError, launch, snippets
 from tests.virtual_gpu.cases import ROOT
 
 
@@ -41,6 +41,16 @@ def test_a_report_names_the_line_of_the_kernel(monkeypatch: pytest.MonkeyPatch) 
     assert "the nearest is x_ptr (800 bytes), byte -4 of it" in str(error.value)
 
 
+def test_a_tensor_keeps_its_alignment() -> None:
+    """Triton is told that a pointer is aligned only where it is, and vector access to others is reported."""
+    x, out = torch.arange(257.0), torch.empty(256)
+    run(256, x[1:], out)
+    assert torch.equal(out, x[1:].flip(0))
+    vectors = "ld.global.v4.u32 {%r1, %r2, %r3, %r4}, [%x]; st.global.v4.u32 [%out], {%r1, %r2, %r3, %r4};"
+    with pytest.raises(KernelError, match="misaligned: load of 16 bytes"):
+        snippets.run(vectors, x[1:], out)
+
+
 def test_what_launch_refuses() -> None:
     x, out = torch.arange(256.0), torch.empty(256)
     with pytest.raises(ValueError, match="schedule 'soon'; expected one of latest, earliest, random"):
@@ -49,5 +59,7 @@ def test_what_launch_refuses() -> None:
         run(256, torch.empty(512)[::2], out)
     with pytest.raises(ValueError, match="no tensor is called 'result'; there are x_ptr, out_ptr"):
         run(256, x, out, outputs=["result"])
+    with pytest.raises(ValueError, match="snippet has 2 parameters, 1 were given"):
+        launch(snippets.snippet(""), (1,), [x])
     with pytest.raises(ValueError, match="target 100 is not simulated; expected one of 80, 86, 89, 90"):
         run(256, x, out, target=100)
