@@ -18,7 +18,7 @@ from tests.virtual_gpu.async_agents import Agents
 from tests.virtual_gpu.compile import Code
 from tests.virtual_gpu.memory import Fault, GlobalMemory, LocalMemory, SharedMemory
 from tests.virtual_gpu.parse import SIZES, Instruction
-from tests.virtual_gpu.race import RaceDetector
+from tests.virtual_gpu.race import Arrived, RaceDetector
 
 _JUMPS = 1_000_000  # a chunk of a large layer makes some thousands
 GONE = -1  # what a step returns when its threads left the group: blocked or exited
@@ -43,6 +43,7 @@ class Waiting:
     barrier: int = -1
     wanted: int = 0  # threads the barrier waits for; 0: all of the CTA
     ready: Callable[[np.ndarray], np.ndarray] | None = None
+    arrived: Arrived | None = None  # of those who do not wait
 
 
 class Machine:
@@ -53,6 +54,7 @@ class Machine:
     ) -> None:
         self.code, self.memory, self.launch = code, memory, launch
         self.ctas, self.cta_threads = ctas, threads  # ctas: [C, 3] positions in the grid
+        self.first_cta = int(ctas[0] @ (1, launch.grid[0], launch.grid[0] * launch.grid[1]))
         self.threads, self.cta_warps = len(ctas) * threads, threads // 32
         self.shared = SharedMemory(len(ctas), shared_bytes)
         self.local = LocalMemory(self.threads, code.kernel.local_bytes)
@@ -124,6 +126,14 @@ class Machine:
         if self.mask is None:
             return np.arange(self.threads // 32)
         return np.flatnonzero(self.mask.reshape(-1, 32).any(axis=1))
+
+    def cta_numbers(self, lanes: np.ndarray | None) -> np.ndarray:
+        """The CTA of each executing thread, counted over the grid."""
+        return self.first_cta + (self.cta_of if lanes is None else self.cta_of[lanes])
+
+    def global_fence(self) -> None:
+        if self.launch.races is not None:
+            self.launch.races.fence(np.unique(self.cta_numbers(self.lanes())))
 
     def put(self, slot: int, values: np.ndarray) -> None:
         """Full-width values into a register of the executing threads."""
@@ -211,7 +221,8 @@ class Machine:
             if self.schedule != "random":
                 return self.pc + 1
         mask = np.ones(self.threads, bool) if self.mask is None else self.mask
-        self._waiting.append(Waiting(GONE if arrive else self.pc + 1, mask, self.pc, number, wanted))
+        arrived = self.race.arrive(self.active_warps()) if arrive else None
+        self._waiting.append(Waiting(self.pc + 1, mask, self.pc, number, wanted, arrived=arrived))
         self._complete_barrier(number)
         return self.pc + 1 if arrive else GONE
 
@@ -229,13 +240,11 @@ class Machine:
         if not full.size:
             return
         inside = np.isin(self.cta_of, full)
-        everyone, waiting = (
-            np.flatnonzero(np.logical_or.reduce([w.mask & inside for w in group]).reshape(-1, 32).any(axis=1))
-            for group in (here, [w for w in here if w.pc != GONE] or here)
-        )
-        self.race.barrier(everyone, waiting)
+        waiting = np.logical_or.reduce([w.mask & inside for w in here if not w.arrived] or [np.zeros_like(inside)])
+        met = np.flatnonzero(waiting.reshape(-1, 32).any(axis=1))
+        self.race.barrier(met, [w.arrived for w in here if w.arrived])
         for w in here:
-            if w.pc != GONE:
+            if not w.arrived:
                 self._ready.append((w.pc, w.mask & inside))
             w.mask = w.mask & ~inside
         self._waiting = [w for w in self._waiting if w.mask.any()]
@@ -328,7 +337,8 @@ class Machine:
         for w in self._waiting:
             first = int(np.flatnonzero(w.mask)[0])
             count = int(w.mask.reshape(-1, self.cta_threads)[self.cta_of[first]].sum())
-            of = f"{count} threads of CTA {self.place(first)} wait (the first is {first % self.cta_threads})"
+            does = "have arrived" if w.arrived else "wait"
+            of = f"{count} threads of CTA {self.place(first)} {does} (the first is {first % self.cta_threads})"
             lines.append(f"{of} at\n  {self.code.instructions[w.at]}")
             if w.ready is not None:
                 lines += [b.state(self.cta_of[first]).lstrip("\n") for b in self.mbarriers.values()]

@@ -14,7 +14,8 @@ What a thread wrote through the generic proxy (st, cp.async) is visible to the a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,6 +23,13 @@ from tests.virtual_gpu.memory import Fault
 
 _COLUMNS = 16  # mbarriers told apart
 _CLOCK, _PC = 32, 8  # a shadow word: epoch << 32 | instruction << 8 | agent
+
+
+class Arrived(NamedTuple):
+    """Clocks ``[2, warps, agents]`` (clock and fenced) as they were when these warps arrived at a barrier."""
+
+    warps: np.ndarray
+    clocks: np.ndarray
 
 
 class RaceDetector:
@@ -105,23 +113,26 @@ class RaceDetector:
 
     # Synchronisation. ``warps`` are numbers within the chunk.
 
-    def barrier(self, warps: np.ndarray, learners: np.ndarray | None = None) -> None:
-        """These warps meet, in each CTA by itself: each learns what any of them knew.
-
-        ``learners``: those that wait; the others only arrive, and learn nothing.
-        """
-        if learners is None and len(warps) == len(self.clock):
+    def barrier(self, warps: np.ndarray, arrived: Sequence[Arrived] = ()) -> None:
+        """These warps meet, in each CTA by itself: each learns what any of them knew, and what those did who only
+        ``arrived`` before."""
+        if not arrived and len(warps) == len(self.clock):
             for clock in (self.clock, self.fenced):
                 every = clock.reshape(self.ctas, self.warps, self.agents)
                 every[:] = every.max(axis=1, keepdims=True)
         else:
-            learners = warps if learners is None else learners
             for cta in np.unique(warps // self.warps):
-                for clock in (self.clock, self.fenced):
-                    clock[learners[learners // self.warps == cta]] = clock[warps[warps // self.warps == cta]].max(
-                        axis=0
-                    )
+                here = warps[warps // self.warps == cta]
+                for n, clock in enumerate((self.clock, self.fenced)):
+                    known = [clock[here], *(a.clocks[n][a.warps // self.warps == cta] for a in arrived)]
+                    clock[here] = np.concatenate(known).max(axis=0)
         self.tick(warps)
+
+    def arrive(self, warps: np.ndarray) -> Arrived:
+        """What these warps know now, for :meth:`barrier`: of what they do from here on the others learn nothing."""
+        arrived = Arrived(warps, np.stack([self.clock[warps], self.fenced[warps]]))
+        self.tick(warps)
+        return arrived
 
     def tick(self, warps: np.ndarray) -> None:
         self.clock[warps, warps % self.warps] += 1
