@@ -254,8 +254,14 @@ def _barrier(code: Code, i: Instruction) -> Step:
     return run
 
 
-@op("bar.warp.sync", "membar", "fence.acq_rel", "fence.sc", "fence.mbarrier_init", "griddepcontrol", "setmaxnreg")
-@op("fence.proxy.tensormap", "prefetch", "prefetchu", "nanosleep", "fence.acquire", "fence.release")
+@op("bar.warp.sync", "fence.mbarrier_init", "griddepcontrol", "setmaxnreg")
+@op("fence.proxy.tensormap", "prefetch", "prefetchu", "nanosleep")
 def _nothing(code: Code, i: Instruction) -> Step:
     """Threads of a warp meet again by themselves, and memory here is in order: nothing to do."""
     return lambda m: None
+
+
+@op("membar", "fence.acq_rel", "fence.sc", "fence.acquire", "fence.release")
+def _fence(code: Code, i: Instruction) -> Step:
+    """Memory here is in order: only the race detector between CTAs has to know."""
+    return lambda m: m.global_fence()

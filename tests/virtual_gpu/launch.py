@@ -19,6 +19,7 @@ from torch import Tensor
 from tests.virtual_gpu import async_ops, bulk, memory_ops, warp_ops, wgmma  # noqa: F401  (register their instructions)
 from tests.virtual_gpu.async_agents import SCHEDULES
 from tests.virtual_gpu.compile import Code
+from tests.virtual_gpu.global_race import GlobalRaces
 from tests.virtual_gpu.machine import KernelError, Machine
 from tests.virtual_gpu.memory import Fault, GlobalMemory
 from tests.virtual_gpu.parse import PtxError, parse
@@ -26,6 +27,8 @@ from tests.virtual_gpu.tma import TensorMap
 
 # Registers of the threads of a chunk stay in the CPU's caches, and the overhead of a NumPy call is spread over many.
 _CHUNK_THREADS = 4096
+
+_MEETING_CTAS = 4096  # what they know of each other takes 12 bytes times the square
 
 TARGETS = (80, 86, 89, 90)  # compute capabilities that Triton may compile for
 
@@ -78,6 +81,7 @@ class Launch:
     schedule: str
     random: np.random.Generator
     observer: Any
+    races: GlobalRaces | None = None  # where CTAs may meet in scratch tensors
     tensor_maps: dict[int, Any] = field(default_factory=dict)  # by offset into the parameters
 
 
@@ -237,7 +241,11 @@ def launch(
     dynamic = entry.shared_bytes if shared_bytes is None else shared_bytes
     shared = code.kernel.shared_bytes + dynamic
     random = np.random.default_rng(seed)
-    run = Launch(shape, (*(block or (threads,)), 1, 1)[:3], parameters, schedule, random, observer, maps)
+    ctas, meeting = int(np.prod(shape)), [a for a in memory.allocations if a.role == "scratch"]
+    races = None
+    if meeting and ctas <= _MEETING_CTAS:
+        races = GlobalRaces(ctas, meeting, lambda pc: str(code.instructions[pc]))
+    run = Launch(shape, (*(block or (threads,)), 1, 1)[:3], parameters, schedule, random, observer, races, maps)
     if observer is not None:
         observer.begin(code.kernel, shape, threads)
     positions = np.stack(np.unravel_index(np.arange(int(np.prod(shape))), shape[::-1])[::-1], axis=1)

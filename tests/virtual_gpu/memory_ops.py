@@ -61,6 +61,8 @@ def _load(code: Code, i: Instruction) -> Step:
         where, addresses = resolve(m, space, pick(address(m), lanes))
         if where == "global":
             words = m.memory.load(addresses, size)
+            if m.launch.races is not None:
+                m.launch.races.access(addresses, size, m.cta_numbers(lanes), m.pc, store=False)
         elif where == "local":
             words = m.local.load(np.arange(m.threads) if lanes is None else lanes, addresses, size)
         else:
@@ -118,6 +120,8 @@ def _store(code: Code, i: Instruction) -> Step:
         )
         if where == "global":
             m.memory.store(addresses, values, size)
+            if m.launch.races is not None:
+                m.launch.races.access(addresses, size, m.cta_numbers(lanes), m.pc, store=True)
         elif where == "local":
             m.local.store(np.arange(m.threads) if lanes is None else lanes, addresses, values, size)
         else:
@@ -131,6 +135,7 @@ def _store(code: Code, i: Instruction) -> Step:
 
 _ATOMICS: dict[str, Callable[[Any, Any], Any]] = {
     "add": lambda old, value: old + value,
+    "inc": lambda old, value: type(old)(0) if old >= value else old + type(old)(1),
     "exch": lambda old, value: value,
     "max": max,
     "min": min,
@@ -149,6 +154,7 @@ def _atomic(code: Code, i: Instruction) -> Step:
     space, returns = ("shared" if "shared" in i.op else "global"), i.parts[0] == "atom"
     memory, operand = i.operands[returns], i.operands[returns + 1]
     address, read = code.address(i, memory), code.sources(i).read(operand, dtype)
+    fences = bool({"release", "acquire", "acq_rel"} & set(i.parts))
 
     def run(m: Any) -> None:
         lanes = m.lanes()
@@ -156,6 +162,8 @@ def _atomic(code: Code, i: Instruction) -> Step:
         values = np.ascontiguousarray(pick(np.broadcast_to(read(m.R), m.threads), lanes))
         if space == "global":
             before = m.memory.atomic(addresses, values, _ATOMICS[name])
+            if m.launch.races is not None:
+                m.launch.races.atomic(addresses, m.cta_numbers(lanes), fences)
         else:
             offsets = m.shared.flat(pick(m.base, lanes), addresses, dtype.itemsize)
             m.race.read(offsets, dtype.itemsize, pick(m.warp_of, lanes), m.pc)  # atomics do not race with each other

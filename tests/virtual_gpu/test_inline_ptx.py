@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.virtual_gpu import Mapped, cases, launch, ptx_entry
+from tests.virtual_gpu import KernelError, Mapped, cases, launch, ptx_entry
 from tests.virtual_gpu.async_agents import SCHEDULES
 from vgg_fast import testing
 
@@ -75,6 +75,49 @@ def test_arrays_of_a_thread_and_constant_tables(tmp_path: Path) -> None:
     weights, order = (1.0, -2.0, 0.5, 4.0), (3, 1, 0, 2)
     expected = [sum(weights[order[i & 3]] * x[t + (t * 3 + i & 7)].item() for i in range(7)) for t in range(64)]
     assert out.tolist() == expected
+
+
+SPLIT = """
+// Each block adds up a part of x; the last one to arrive adds up the parts.
+extern "C" __global__ void __launch_bounds__(64) split(const float* x, float* parts, unsigned* arrived, float* out) {
+  __shared__ bool last;
+  parts[blockIdx.x * 64 + threadIdx.x] = x[blockIdx.x * 64 + threadIdx.x];
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicAdd(arrived, 1) == gridDim.x - 1;
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
+  float sum = 0.0f;
+  for (int i = 0; i < gridDim.x; ++i) sum += parts[i * 64 + threadIdx.x];
+  out[threadIdx.x] = sum;
+}
+"""
+SPLIT_ERRORS = {
+    "stored without a fence": ("threadIdx.x];\n  __threadfence();", "threadIdx.x];"),
+    "read without a fence": ("return;\n  __threadfence();", "return;"),
+    "one block too early": ("gridDim.x - 1", "gridDim.x - 2"),
+    "nobody waits": ("if (!last) return;", "if (blockIdx.x) return;"),
+}
+
+
+@pytest.mark.parametrize("error", [None, *SPLIT_ERRORS])
+def test_ctas_that_meet_in_scratch_memory(tmp_path: Path, error: str | None) -> None:
+    source = tmp_path / "split.cu"
+    source.write_text(SPLIT.replace(*SPLIT_ERRORS[error]) if error else SPLIT)
+    x, out = testing.integer_tensor(100 * 64, limit=9), torch.empty(64)
+    arguments = [x, torch.full((100 * 64,), 7.0), torch.zeros(1, dtype=torch.int32), out]
+    entry = ptx_entry(cases.nvcc_ptx(source, "80"))
+    if error is None:
+        launch(entry, (100,), arguments, outputs=[3], scratch=[1, 2])
+        assert torch.equal(out, x.view(100, 64).sum(0))
+        return
+    with pytest.raises(
+        KernelError, match=r"races with a (store|load) of CTA \d+, no fence and atomic in between"
+    ) as caught:
+        launch(entry, (100,), arguments, outputs=[3], scratch=[1, 2])
+    assert caught.value.kind == "race"
+    assert "split.cu:" in str(caught.value)
 
 
 def run_sm_90(name: str, **options: Any) -> None:
