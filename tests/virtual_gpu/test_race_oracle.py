@@ -22,8 +22,9 @@ WARPS, CELLS = 4, 3
 
 
 class Op(NamedTuple):
-    """One instruction of a warp: st, ld or cp (cp.async) of the cell ``n``, commit, wait for all but ``n`` groups, or
-    sync or arrive at barrier ``n`` of ``threads``, which is the ``event``-th meeting of the program."""
+    """One instruction of a warp: st, ld or cp (cp.async) of the cell ``n``, commit, wait for all but ``n`` groups; or
+    its part in the ``event``-th meeting of the program: sync or arrive at barrier ``n`` of ``threads``, signal or await
+    of mbarrier ``n``."""
 
     kind: str
     n: int = 0
@@ -46,7 +47,7 @@ def random_program(rng: random.Random) -> Program:
                 k=rng.randint(0, 4),
             )
         first, second = rng.sample(range(WARPS), 2)
-        kind = rng.choice(["all", "all", "pair", "arrive"])
+        kind = rng.choice(["all", "all", "pair", "arrive", "signal"])
         if kind == "all":
             for warp in program:
                 warp.append(Op("sync", 0, 32 * WARPS, event))
@@ -54,6 +55,9 @@ def random_program(rng: random.Random) -> Program:
             number = 1 + pairs.index((min(first, second), max(first, second)))
             for member in (first, second):
                 program[member].append(Op("sync", number, 64, event))
+        elif kind == "signal":
+            program[first].append(Op("signal", event, event=event))
+            program[second].append(Op("await", event, event=event))
         else:  # who only arrives may come again before the other: a barrier of its own, 7 to 13
             program[first].append(Op("arrive", 7 + event, 64, event))
             program[second].append(Op("sync", 7 + event, 64, event))
@@ -86,7 +90,7 @@ def wrong_access(program: Program) -> tuple[int, int] | None:
                         edges.setdefault(copy, set()).add(here)
             else:
                 edges.setdefault(here, set()).add(("event", op.event))
-                if op.kind == "sync":
+                if op.kind in ("sync", "await"):
                     before = ("after", w, position)
                     edges.setdefault(here, set()).add(before)
                     edges.setdefault(("event", op.event), set()).add(before)
@@ -115,11 +119,14 @@ def repaired(program: Program) -> Program:
 
 
 def ptx(program: Program) -> str:
-    lines = []
+    lines = ["and.b32 %r0, %tid, 31; shl.b32 %r0, %r0, 2; add.u32 %r0, %r0, smem; setp.eq.u32 %p2, %tid, 0;"]
+    events = range(1 + max((op.event for warp in program for op in warp), default=0))
+    lines += [f"@%p2 mbarrier.init.shared::cta.b64 [smem+{4096 + 8 * n}], 32;" for n in events]
+    lines.append("bar.sync 0;")
     for w, warp in enumerate(program):
         lines.append(f"setp.ne.u32 %p1, %warp, {w}; @%p1 bra past_{w};")
         for position, op in enumerate(warp):
-            place = f"[%r0+{128 * op.n}]"
+            place, mbarrier = f"[%r0+{128 * op.n}]", f"[smem+{4096 + 8 * op.n}]"
             lines.append(
                 {
                     "st": f"st.shared.u32 {place}, {1000 * w + position};",
@@ -129,10 +136,13 @@ def ptx(program: Program) -> str:
                     "wait": f"cp.async.wait_group {op.n};",
                     "sync": f"bar.sync {op.n}, {op.threads};",
                     "arrive": f"bar.arrive {op.n}, {op.threads};",
+                    "signal": f"mbarrier.arrive.shared::cta.b64 _, {mbarrier};",
+                    "await": f"try_{w}_{op.n}: mbarrier.try_wait.parity.shared::cta.b64 %p1, {mbarrier}, 0;"
+                    f"@!%p1 bra try_{w}_{op.n};",
                 }[op.kind]
             )
         lines.append(f"st.global.u32 [%out], {w}; ret; past_{w}:")
-    return "and.b32 %r0, %tid, 31; shl.b32 %r0, %r0, 2; add.u32 %r0, %r0, smem;\n" + "\n".join(lines)
+    return "\n".join(lines)
 
 
 def verdict(program: Program, schedule: str, seed: int) -> str:
@@ -176,6 +186,9 @@ def test_reports_if_and_only_if_something_is_wrong(part: int) -> None:
         ([[Op("arrive", 7, 64, 0), Op("ld")], [Op("st"), Op("sync", 7, 64, 0)], [], []], True),
         # What follows an arrival is not ordered by it, though the barrier completes later still.
         ([[Op("st"), Op("arrive", 7, 64, 0), Op("ld")], [Op("sync", 7, 64, 0), Op("st")], [], []], True),
+        ([[Op("st"), Op("signal", 0, 0, 0)], [Op("await", 0, 0, 0), Op("ld")], [], []], False),
+        ([[Op("st"), Op("signal", 0, 0, 0), Op("ld")], [Op("await", 0, 0, 0), Op("st")], [], []], True),
+        ([[Op("signal", 0, 0, 0), Op("ld")], [Op("st"), Op("await", 0, 0, 0)], [], []], True),
         ([[Op("cp"), Op("commit"), Op("wait"), Op("ld")], [], [], []], False),
         ([[Op("cp"), Op("wait"), Op("ld")], [], [], []], True),  # not committed
         ([[Op("cp"), Op("commit"), Op("cp", 1), Op("commit"), Op("wait", 1), Op("ld")], [], [], []], False),
