@@ -1,7 +1,7 @@
 """Happens-before between CTAs in the scratch tensors of a launch: split-K, last-arriver epilogues, flags.
 
 A CTA is one agent here (race.py knows its warps, for shared memory). What it wrote before a fence is published by its
-next atomic, and whoever meets that atomic on the same address knows it after a fence of its own: the release and acquire
+next atomic, and who meets that atomic on the same address knows it after a fence of its own: the release and acquire
 patterns of the PTX memory model (ISA 8.8). ``.release``, ``.acquire`` and ``.acq_rel`` on the atomic do for a fence.
 """
 

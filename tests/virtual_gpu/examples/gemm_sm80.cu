@@ -6,7 +6,9 @@
 
 constexpr int kTile = 64, kDepth = 32, kRowBytes = kDepth * 2, kTileBytes = kTile * kRowBytes;
 
-__device__ uint32_t shared_address(const void* pointer) { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)); }
+__device__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
 
 // A row has four 16-byte chunks; two rows fill all banks, so the chunks change places every two rows.
 __device__ int chunk_offset(int row, int chunk) { return row * kRowBytes + ((chunk ^ (row / 2 & 3)) << 4); }
@@ -19,7 +21,8 @@ __device__ void load_matrices(uint32_t (&registers)[4], uint32_t address) {
 
 __device__ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
