@@ -6,6 +6,7 @@ line. The grammar is that of the "Parallel Thread Execution ISA" manual, chapter
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -162,6 +163,7 @@ class _Parser:
         self.module_shared: list[tuple[str, int, int]] = []  # name, size, alignment
         self.kernel: Kernel | None = None
         self.scopes: list[dict[str, Register]] = []
+        self.scope_ids: list[int] = []
         self.labels: dict[tuple[int, str], int] = {}
         self.branches: list[tuple[Instruction, str, list[int]]] = []
         self.loc: tuple[str, int] | None = None
@@ -252,7 +254,6 @@ class _Parser:
         if match is None:
             raise PtxError(f"only kernels are simulated, this is a device function: {text.strip()!r}")
         self.kernel = Kernel(match[1], self.target)
-        self.scope_ids: list[int] = []
         self.labels, self.branches = {}, []
         offset = 0
         for item in filter(None, (p.strip() for p in (match[2] or "").split(","))):
@@ -380,7 +381,8 @@ class _Parser:
         return Symbol(text)
 
 
-def _split(text: str) -> list[str]:
+@functools.lru_cache(maxsize=1 << 16)  # kernels that are parsed again are nearly the same
+def _split(text: str) -> tuple[str, ...]:
     """At the commas outside of brackets and braces."""
     items, depth, start = [], 0, 0
     for i, char in enumerate(text):
@@ -389,4 +391,4 @@ def _split(text: str) -> list[str]:
             items.append(text[start:i].strip())
             start = i + 1
     items.append(text[start:].strip())
-    return items if items != [""] else []
+    return tuple(items) if items != [""] else ()
