@@ -1,5 +1,6 @@
 """The race detector against an oracle on random programs: it reports something if and only if two accesses conflict
-that nothing orders, or a load has no store before it; and that with every schedule.
+that nothing orders, a load has no store before it, or TMA writes what a thread stored without a fence in between; and
+that with every schedule.
 
 The oracle knows no clocks. It draws the graph of what happens before what, takes its transitive closure, and looks at
 every pair of accesses.
@@ -19,12 +20,13 @@ from tests.virtual_gpu.async_agents import SCHEDULES
 from tests.virtual_gpu.snippets import run
 
 WARPS, CELLS = 4, 3
+PARTS = ("signal", "bulk")  # of an mbarrier's event
 
 
 class Op(NamedTuple):
-    """One instruction of a warp: st, ld or cp (cp.async) of the cell ``n``, commit, wait for all but ``n`` groups; or
-    its part in the ``event``-th meeting of the program: sync or arrive at barrier ``n`` of ``threads``, signal or await
-    of mbarrier ``n``."""
+    """One instruction of a warp: st, ld or cp (cp.async) of the cell ``n``, commit, wait for all but ``n`` groups;
+    fence.proxy.async; or its part in the ``event``-th meeting of the program: sync or arrive at barrier ``n`` of
+    ``threads``, signal or await of the event's mbarrier, or a bulk copy into cell ``n`` that reports to it."""
 
     kind: str
     n: int = 0
@@ -43,11 +45,11 @@ def random_program(rng: random.Random) -> Program:
         for warp in program:
             warp += rng.choices(
                 [Op(kind, cell) for kind in ("st", "ld", "ld", "cp") for cell in range(CELLS)]
-                + [Op("commit"), Op("commit"), Op("wait", 0), Op("wait", 0), Op("wait", 1)],
+                + [Op("commit"), Op("commit"), Op("wait", 0), Op("wait", 0), Op("wait", 1), Op("fence"), Op("fence")],
                 k=rng.randint(0, 4),
             )
         first, second = rng.sample(range(WARPS), 2)
-        kind = rng.choice(["all", "all", "pair", "arrive", "signal"])
+        kind = rng.choice(["all", "all", "pair", "arrive", "signal", "bulk"])
         if kind == "all":
             for warp in program:
                 warp.append(Op("sync", 0, 32 * WARPS, event))
@@ -55,9 +57,11 @@ def random_program(rng: random.Random) -> Program:
             number = 1 + pairs.index((min(first, second), max(first, second)))
             for member in (first, second):
                 program[member].append(Op("sync", number, 64, event))
-        elif kind == "signal":
-            program[first].append(Op("signal", event, event=event))
-            program[second].append(Op("await", event, event=event))
+        elif kind in PARTS:
+            if kind == "bulk" and rng.random() < 0.7:
+                program[first].append(Op("fence"))
+            program[first].append(Op(kind, rng.randrange(CELLS) if kind == "bulk" else 0, event=event))
+            program[rng.choice([first, second])].append(Op("await", event=event))
         else:  # who only arrives may come again before the other: a barrier of its own, 7 to 13
             program[first].append(Op("arrive", 7 + event, 64, event))
             program[second].append(Op("sync", 7 + event, 64, event))
@@ -65,9 +69,10 @@ def random_program(rng: random.Random) -> Program:
 
 
 def wrong_access(program: Program) -> tuple[int, int] | None:
-    """(warp, position) of an access that races, or of a load of what was never stored; None for a right program."""
+    """(warp, position) of an access that is wrong, None for a right program."""
     edges: dict[object, set[object]] = {}
     accesses: list[tuple[object, Op, tuple[int, int]]] = []
+    fences: list[object] = []
     for w, warp in enumerate(program):
         groups: list[list[object]] = [[]]  # copies in flight, by commit group; the last one is open
         before: object = ("start", w)
@@ -77,11 +82,17 @@ def wrong_access(program: Program) -> tuple[int, int] | None:
             before = here
             if op.kind in ("st", "ld"):
                 accesses.append((here, op, (w, position)))
-            elif op.kind == "cp":  # it writes at some time after this
+            elif op.kind in ("cp", "bulk"):  # it writes at some time after this
                 copy = ("copy", w, position)
                 edges.setdefault(here, set()).add(copy)
                 accesses.append((copy, op, (w, position)))
-                groups[-1].append(copy)
+                if op.kind == "cp":
+                    groups[-1].append(copy)
+                else:  # the thread arrives, and the copy reports
+                    edges[copy] = {("event", op.event)}
+                    edges[here].add(("event", op.event))
+            elif op.kind == "fence":
+                fences.append(here)
             elif op.kind == "commit":
                 groups.append([])
             elif op.kind == "wait":
@@ -103,6 +114,11 @@ def wrong_access(program: Program) -> tuple[int, int] | None:
         conflict = op_a.n == op_b.n and {op_a.kind, op_b.kind} != {"ld"}
         if conflict and b not in later(a) and a not in later(b):
             return place
+        if conflict and {op_a.kind, op_b.kind} in ({"st", "bulk"}, {"cp", "bulk"}):
+            store, bulk = (b, a) if op_a.kind == "bulk" else (a, b)
+            fenced = any(fence in later(store) and bulk in later(fence) for fence in fences)
+            if bulk in later(store) and not fenced:
+                return place
     for load, op, place in accesses:
         stores = (node for node, other, _ in accesses if other.kind != "ld" and other.n == op.n)
         if op.kind == "ld" and not any(load in later(store) for store in stores):
@@ -112,21 +128,24 @@ def wrong_access(program: Program) -> tuple[int, int] | None:
 
 def repaired(program: Program) -> Program:
     """Without the accesses that are wrong."""
-    program = [list(warp) for warp in program]
     while place := wrong_access(program):
-        del program[place[0]][place[1]]
+        wrong = program[place[0]][place[1]]
+        program = [
+            [op for p, op in enumerate(warp) if (w, p) != place and not (op.event >= 0 and op.event == wrong.event)]
+            for w, warp in enumerate(program)
+        ]
     return program
 
 
 def ptx(program: Program) -> str:
     lines = ["and.b32 %r0, %tid, 31; shl.b32 %r0, %r0, 2; add.u32 %r0, %r0, smem; setp.eq.u32 %p2, %tid, 0;"]
-    events = range(1 + max((op.event for warp in program for op in warp), default=0))
-    lines += [f"@%p2 mbarrier.init.shared::cta.b64 [smem+{4096 + 8 * n}], 32;" for n in events]
+    counts = {op.event: 32 if op.kind == "signal" else 1 for warp in program for op in warp if op.kind in PARTS}
+    lines += [f"@%p2 mbarrier.init.shared::cta.b64 [smem+{4096 + 8 * n}], {count};" for n, count in counts.items()]
     lines.append("bar.sync 0;")
     for w, warp in enumerate(program):
         lines.append(f"setp.ne.u32 %p1, %warp, {w}; @%p1 bra past_{w};")
         for position, op in enumerate(warp):
-            place, mbarrier = f"[%r0+{128 * op.n}]", f"[smem+{4096 + 8 * op.n}]"
+            place, mbarrier = f"[%r0+{128 * op.n}]", f"[smem+{4096 + 8 * op.event}]"
             lines.append(
                 {
                     "st": f"st.shared.u32 {place}, {1000 * w + position};",
@@ -137,8 +156,13 @@ def ptx(program: Program) -> str:
                     "sync": f"bar.sync {op.n}, {op.threads};",
                     "arrive": f"bar.arrive {op.n}, {op.threads};",
                     "signal": f"mbarrier.arrive.shared::cta.b64 _, {mbarrier};",
-                    "await": f"try_{w}_{op.n}: mbarrier.try_wait.parity.shared::cta.b64 %p1, {mbarrier}, 0;"
-                    f"@!%p1 bra try_{w}_{op.n};",
+                    "fence": "fence.proxy.async.shared::cta;",
+                    "bulk": f"setp.eq.u32 %p1, %tid, {32 * w};"
+                    f"@%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, {mbarrier}, 128;"
+                    "@%p1 cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes "
+                    f"[smem+{128 * op.n}], [%xs], 128, {mbarrier};",
+                    "await": f"try_{w}_{op.event}: mbarrier.try_wait.parity.shared::cta.b64 %p1, {mbarrier}, 0;"
+                    f"@!%p1 bra try_{w}_{op.event};",
                 }[op.kind]
             )
         lines.append(f"st.global.u32 [%out], {w}; ret; past_{w}:")
@@ -156,24 +180,29 @@ def verdict(program: Program, schedule: str, seed: int) -> str:
 
 
 def variants(rng: random.Random) -> list[Program]:
-    """As it came, repaired, and repaired but with one meeting called off."""
+    """As it came, repaired, and repaired but with one meeting called off, or without fences."""
     program = random_program(rng)
     right = repaired(program)
     events = sorted({op.event for warp in right for op in warp if op.event >= 0})
-    gone = rng.choice(events)
-    return [program, right, [[op for op in warp if op.event != gone] for warp in right]]
+    gone = rng.choice(events or [-2])  # a repair may have taken them all
+    kept = (lambda op: True, lambda op: op.event != gone, lambda op: op.kind != "fence")
+    return [program, *([[op for op in warp if keep(op)] for warp in right] for keep in kept)]
 
 
 @pytest.mark.parametrize("part", range(4))
 def test_reports_if_and_only_if_something_is_wrong(part: int) -> None:
     seen = {True: 0, False: 0}
-    for seed in range(25 * part, 25 * part + 25):
+    for seed in range(20 * part, 20 * part + 20):
         for program in variants(random.Random(seed)):
             wrong = wrong_access(program) is not None
             seen[wrong] += 1
             for schedule in SCHEDULES:
                 kind = verdict(program, schedule, seed)
-                assert kind in (("race", "uninitialised") if wrong else ("",)), (seed, schedule, ptx(program))
+                assert kind in (("race", "uninitialised", "missing fence") if wrong else ("",)), (
+                    seed,
+                    schedule,
+                    ptx(program),
+                )
     assert min(seen.values()) >= 20, seen
 
 
@@ -193,6 +222,9 @@ def test_reports_if_and_only_if_something_is_wrong(part: int) -> None:
         ([[Op("cp"), Op("wait"), Op("ld")], [], [], []], True),  # not committed
         ([[Op("cp"), Op("commit"), Op("cp", 1), Op("commit"), Op("wait", 1), Op("ld")], [], [], []], False),
         ([[Op("cp"), Op("commit"), Op("cp", 1), Op("commit"), Op("wait", 1), Op("ld", 1)], [], [], []], True),
+        ([[Op("st"), Op("fence"), Op("bulk", 0, 0, 0)], [Op("await", 0, 0, 0), Op("ld")], [], []], False),
+        ([[Op("st"), Op("bulk", 0, 0, 0)], [Op("await", 0, 0, 0), Op("ld")], [], []], True),  # no fence
+        ([[Op("bulk", 0, 0, 0), Op("ld")], [Op("await", 0, 0, 0)], [], []], True),
         ([[Op("ld"), Op("st")], [], [], []], True),  # of what nobody has stored
     ],
 )
