@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test sanitize lint format bench clean
+.PHONY: demo test gpu-sim sanitize lint format bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vgg-fast demo
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest tests
+
+# A whole VGG16 forward on the virtual GPU (tests/virtual_gpu), every layer checked; the tests run small shapes of it.
+gpu-sim: $(VENV)/.installed
+	$(BIN)/python -m tests.virtual_gpu.vgg16
 
 # The library once more, in a folder of its own, built to stop at the first wrong access or undefined operation, under
 # the tests that call it most directly; then csrc/cpu under ThreadSanitizer (its tests are in test_sanitize.py). The other
