@@ -19,7 +19,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def accelerate(model: M, backend: str = "auto") -> M:
-    """Lets every ``nn.Sequential`` of a model run its 3x3 convolutions fused; changes the model in place.
+    """Lets every ``nn.Sequential`` of a model run 3x3 convolutions and dense layers fused; changes the model in place.
 
     A container of exactly the type ``nn.Sequential`` changes its class; a subclass may have a forward of its own and is
     left alone. May be called again, also with another backend. :func:`vgg_fast.explain` shows what runs fused.

@@ -44,6 +44,8 @@ class _State:
 class FusedSequential(nn.Sequential):
     """An ``nn.Sequential`` that runs chains of 3x3 convolution, batch norm, ReLU and 2x2 max-pool as one op.
 
+    Chains of large fully connected layers, ReLU and dropout (the identity in evaluation) run as an op per layer.
+
     Children, names, parameters, hooks, slicing, copying and pickling are those of ``nn.Sequential``. Fused are, in
     evaluation without gradients, fp32, bf16 and fp16 tensors ``[N, C, H, W]`` of any memory format; all else runs
     child by child. :func:`vgg_fast.explain` says what ran how. Errors are those of the children; a backend that was

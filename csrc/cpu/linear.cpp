@@ -31,6 +31,7 @@ struct Rows {
   // Row i as `n` floats: the values there are, then zeros.
   void read(int64_t i, float* to, int64_t n) const {
     int64_t offset = 0;
+    if (n == 0) return;
     for (int64_t d = tensor.dim() - 2; d >= 0; --d) {
       offset += i % tensor.size(d) * tensor.stride(d);
       i /= tensor.size(d);
@@ -146,6 +147,10 @@ Tensor linear_cpu(const Tensor& x, const Tensor& weight, const std::optional<Ten
   args.weight = static_cast<const char*>(weight.const_data_ptr());
   args.format = kernel.format(dtype);
   args.weight_row = weight.stride(0) * (args.format == WeightFormat::f24 ? 1 : packed_row(args.format, 1));
+  if (in == 0) {  // tensors without elements have no memory either
+    args.weight = inputs;
+    args.weight_row = 0;
+  }
   args.columns = columns;
   args.bias = bias ? shift.data() : nullptr;
   args.in = in;
