@@ -21,7 +21,7 @@ def _measurable():
 
 # The target is 0.35 throughout. It is met by batches, whose images pass through the same maps; a single image in fp32
 # has Winograd's transformed inputs (2.25 times a map) beside the maps.
-@pytest.mark.parametrize(("dtype", "batch", "allowed"), [("fp32", 1, 0.9), ("bf16", 1, 0.45), ("fp32", 8, 0.35)])
+@pytest.mark.parametrize(("dtype", "batch", "allowed"), [("fp32", 1, 0.6), ("bf16", 1, 0.38), ("fp32", 8, 0.2)])
 def test_peak_extra_memory(dtype, batch, allowed):
     eager, ours = (memory.peak(contestant, dtype, batch) for contestant in ("channels_last", "vgg_fast"))
     # Eager holds the input and the output of conv1_2, so that the measurement itself can be checked.
