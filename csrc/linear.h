@@ -50,7 +50,9 @@ struct LinearKernel {
   LinearFn run;
 
   // Rows of one call: few while the weights stream past once, more where they are to be used again and again.
-  int64_t unit_rows(int64_t images) const { return tiles ? (images <= 32 ? 32 : 128) : (images <= 3 ? 8 : images <= 16 ? 32 : 64); }
+  int64_t unit_rows(int64_t images) const {
+    return tiles ? (images <= 32 ? 32 : 128) : (images <= 3 ? 8 : images <= 16 ? 32 : 64);
+  }
   int64_t scratch_bytes(int64_t images) const { return unit_rows(images) * (ceil_div(images, 16) * 16) * kLine; }
   // The format that weights of a type are read in.
   WeightFormat format(DType dtype) const {
