@@ -21,7 +21,7 @@ LAYERS = [
     {"library", "kernels"},
     {"selection"},
     {"ops"},
-    {"chains", "packs", "sequential", "accelerate", "explain"},
+    {"chains", "packs", "training", "sequential", "accelerate", "explain"},
     {"models", "summary", "weights", "keras_files", "convert"},
     {"verify", "measure", "peers", "contest", "roofline"},
     {"plots", "report"},
@@ -88,7 +88,9 @@ def test_importing_the_package_is_light():
 
 INTRINSICS = {"immintrin.h"}
 TORCH_FACING = {"bindings.cpp", "torch_cpu.h", "conv3x3.cpp", "conv_stack.cpp", "pack.cpp", "maxpool2x2.cpp"} | {
-    "fingerprint.cpp"
+    "fingerprint.cpp",
+    "batch_norm.cpp",
+    "conv3x3_backward.cpp",
 }
 CPU = [ROOT / "csrc/bindings.cpp", ROOT / "csrc/conv3x3.h", *sorted((ROOT / "csrc/cpu").iterdir())]
 

@@ -21,7 +21,7 @@ from torch.nn.modules import module as _module
 from torch.utils._device import DeviceContext
 
 import vgg_fast.ops  # noqa: F401  (declares torch.ops.vgg_fast)
-from vgg_fast import selection
+from vgg_fast import selection, training
 from vgg_fast.chains import Chain, Plain, Plan, output_channels_last
 from vgg_fast.ops._layout import suggests_channels_last
 from vgg_fast.packs import DTYPES, Pack, PackCache
@@ -197,8 +197,6 @@ def _run_chain(container: FusedSequential, state: _State, plan: Plan, chain: Cha
     if tensors is None:
         state.plan = None
         return "a parameter came or went since the children were parsed"
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(x, *tensors):
-        return "gradients are on and the input or a parameter requires them; use torch.no_grad() or inference_mode()"
     device = x.device
     autocast = device.type in _AUTOCAST and torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else x.dtype
@@ -211,6 +209,8 @@ def _run_chain(container: FusedSequential, state: _State, plan: Plan, chain: Cha
             return "backend 'reference' was asked for"
         # The full answer looks around the installation, which takes longer than a small convolution.
         return selection.why_reference(dtype, device) if _recordings else "there is no fused kernel"
+    if chain.batch or (torch.is_grad_enabled() and torch._C._any_requires_grad(x, *tensors)):
+        return _run_trainable(container, state, plan, chain, x, kernel, dtype, autocast)
     pack = state.packs.get(chain, sources, tensors, kernel, dtype, autocast, limit=2 * len(plan.sources) + 2)
     if isinstance(pack, str):
         return pack
@@ -225,6 +225,26 @@ def _run_chain(container: FusedSequential, state: _State, plan: Plan, chain: Cha
     else:
         y = _conv_stack(x, pack, chain, kernel, last)
     _note(container, chain.start, chain.stop, "", kernel)
+    return y
+
+
+def _run_trainable(
+    container: FusedSequential,
+    state: _State,
+    plan: Plan,
+    chain: Chain,
+    x: Tensor,
+    kernel: str,
+    dtype: torch.dtype,
+    autocast: bool,
+) -> Tensor | str:
+    trainable = plan.trainable.get(chain.start) or plan.trainable.setdefault(
+        chain.start, training.Trainable(chain, plan.sources[chain.start], plan.modules)
+    )
+    with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
+        y = training.run_chain(trainable, state.packs, x, kernel, dtype, autocast)
+    if isinstance(y, Tensor):
+        _note(container, chain.start, chain.stop, "", kernel)
     return y
 
 

@@ -27,6 +27,13 @@ std::tuple<Tensor, Tensor> pack_cpu(const Tensor& weight, const std::optional<Te
                                     double bn_eps, const std::string& kernel);
 Tensor conv_stack_cpu(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& affines,
                       const std::vector<int64_t>& program, const std::string& kernel, bool channels_last);
+Tensor bn_relu_pool_cpu(const Tensor& z, const Tensor& affine, bool relu, bool pool);
+Tensor batch_moments_cpu(const Tensor& z);
+Tensor bn_relu_pool_sums_cpu(const Tensor& dy, const Tensor& z, const Tensor& affine, const Tensor& mean, bool relu,
+                             bool pool);
+Tensor bn_relu_pool_backward_cpu(const Tensor& dy, const Tensor& z, const Tensor& affine, const Tensor& factor,
+                                 const std::optional<Tensor>& centre, bool relu, bool pool);
+std::string cpu_passes();
 int64_t fingerprint_cpu(const std::vector<Tensor>& tensors);
 
 // The dtype, or an error that names `what` and the dtypes there are.
