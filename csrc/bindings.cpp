@@ -52,6 +52,7 @@ STABLE_TORCH_LIBRARY_IMPL(vgg_fast, CPU, m) {
   m.impl("maxpool2x2", TORCH_BOX(&vgg_fast::maxpool2x2_cpu));
   m.impl("pack", TORCH_BOX(&vgg_fast::pack_cpu));
   m.impl("conv_stack", TORCH_BOX(&vgg_fast::conv_stack_cpu));
+  m.impl("pack_transposed", TORCH_BOX(&vgg_fast::pack_transposed_cpu));
   m.impl("bn_relu_pool", TORCH_BOX(&vgg_fast::bn_relu_pool_cpu));
   m.impl("batch_moments", TORCH_BOX(&vgg_fast::batch_moments_cpu));
   m.impl("bn_relu_pool_sums", TORCH_BOX(&vgg_fast::bn_relu_pool_sums_cpu));

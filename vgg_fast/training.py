@@ -300,8 +300,7 @@ def _transposed(task: _Task, weight: Tensor) -> Tensor:
     kept = task.chain.transposed.get(key)
     if kept is not None and kept.stamp == stamp:
         return kept.packed
-    flipped = weight.detach().to(task.dtype).flip(2, 3).transpose(0, 1)
-    packed, _ = _ops.pack(flipped, None, None, None, None, None, 0.0, task.kernel)
+    packed = _ops.pack_transposed(weight.detach().to(task.dtype), task.kernel)
     if not weight.requires_grad:
         task.chain.transposed[key] = _Transposed(packed, stamp)
     return packed

@@ -27,6 +27,7 @@ std::tuple<Tensor, Tensor> pack_cpu(const Tensor& weight, const std::optional<Te
                                     double bn_eps, const std::string& kernel);
 Tensor conv_stack_cpu(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& affines,
                       const std::vector<int64_t>& program, const std::string& kernel, bool channels_last);
+Tensor pack_transposed_cpu(const Tensor& weight, const std::string& kernel);
 Tensor bn_relu_pool_cpu(const Tensor& z, const Tensor& affine, bool relu, bool pool);
 Tensor batch_moments_cpu(const Tensor& z);
 Tensor bn_relu_pool_sums_cpu(const Tensor& dy, const Tensor& z, const Tensor& affine, const Tensor& mean, bool relu,
