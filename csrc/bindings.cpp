@@ -57,6 +57,7 @@ STABLE_TORCH_LIBRARY_IMPL(vgg_fast, CPU, m) {
   m.impl("batch_moments", TORCH_BOX(&vgg_fast::batch_moments_cpu));
   m.impl("bn_relu_pool_sums", TORCH_BOX(&vgg_fast::bn_relu_pool_sums_cpu));
   m.impl("bn_relu_pool_backward", TORCH_BOX(&vgg_fast::bn_relu_pool_backward_cpu));
+  m.impl("conv_stack_taps", TORCH_BOX(&vgg_fast::conv_stack_taps_cpu));
   m.impl("fingerprint", TORCH_BOX(&vgg_fast::fingerprint_cpu));
 }
 

@@ -36,28 +36,36 @@ constexpr int64_t element_size(DType t) { return t == DType::f32 ? 4 : 2; }
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// One convolution of one image: y = relu(conv(x, weight) * scale + shift), pooled where asked.
+// Where a convolution writes: a blocked map, or an image of a tensor.
+struct Output {
+  char* data;      // of output pixel (0, 0) of channel 0
+  int64_t pixel;   // bytes from one output pixel to the next,
+  int64_t row;     // from one output row to the next,
+  int64_t group;   // from one channel group to the next,
+  int64_t vector;  // from one 16-channel vector of a group to the next,
+  int64_t part;    // and from one part to the next; 0 if the values are in one piece
+  int64_t stored;  // channels that there is room for, a multiple of 16
+  DType type;      // of the values in memory
+};
+
+// One convolution of one image, or of a strip of its rows: y = relu(conv(x, weight) * scale + shift), pooled where
+// asked.
 struct Conv3x3Args {
-  const char* x;           // [cin_blocks][parts][h + 2][w + 2][16] words
+  const char* x;           // [cin_blocks][parts][h + 2][w + 2][16] words, or those rows of it that are needed
+  int64_t x_plane;         // bytes from one [h + 2][w + 2][16] to the next
   const uint32_t* weight;  // [groups][cin_blocks][parts][taps][16][g] words
   const float* scale;      // [groups * g], > 0 (the sign is in the weights), so that pooling may come first
   const float* shift;      // [groups * g]
-  char* y;                 // where output pixel (0, 0) of channel 0 goes
-  int64_t y_pixel;         // bytes from one output pixel to the next,
-  int64_t y_row;           // from one output row to the next,
-  int64_t y_group;         // from one channel group to the next,
-  int64_t y_vector;        // from one 16-channel vector of a group to the next,
-  int64_t y_part;          // and from one part to the next; 0 if y is in one piece
-  int64_t h, w;            // of the convolution, before pooling
+  Output y;
+  Output tap;    // the values before pooling as well, if its data is not null
+  int64_t h, w;  // of the convolution, before pooling
   int64_t cin_blocks;
-  int64_t last_words;   // words of the last block that hold channels; the others are never multiplied by inf
-                        // or NaN
-  int64_t cout;         // channels that exist; the lanes past them are written as zeros
-  int64_t cout_stored;  // channels that y has room for, a multiple of 16
-  int64_t taps;         // 9; 1 when x holds the 3x3 neighbourhoods themselves (im2col)
+  int64_t last_words;  // words of the last block that hold channels; the others are never multiplied by inf
+                       // or NaN
+  int64_t cout;        // channels that exist; the lanes past them are written as zeros
+  int64_t taps;        // 9; 1 when x holds the 3x3 neighbourhoods themselves (im2col)
   bool relu, pool;
   DType round_to;  // precision of the result
-  DType store_as;  // its type in memory
 };
 
 // Convolution rows [row_begin, row_end) of one group of output channels; row_begin is even when pooling.
@@ -79,7 +87,7 @@ struct MicroKernel {
   int64_t parts;      // bf16 values per fp32 value: 2 for three products, 3 for six
   Precision error;    // what its error is good for
   int64_t group;      // output channels of one call
-  int64_t rows;       // convolution rows that one call works on best; its scratch holds as many
+  int64_t rows;       // convolution rows that one call works on best, even
   bool im2col;        // wants the neighbourhoods of a first layer (9 * Cin <= 32) laid out by pixel
   Conv3x3Fn run;
   WinogradPrepareFn winograd_prepare = nullptr;  // layers that F(4x4) pays for take these two instead of `run`
@@ -94,8 +102,8 @@ struct MicroKernel {
   int64_t weight_words(int64_t cout, int64_t cin) const {
     return groups(cout) * cin_blocks(cin) * parts * taps(cin) * kWords * group;
   }
-  // Two more tiles of 32 pixels: the AMX kernel computes whole tiles and drops what lies past the last pixel.
-  int64_t scratch_floats(int64_t w) const { return (rows * (w + 2) + 64) * group; }
+  // Two rows, or the two times two tiles of 16 pixels that AMX has under way.
+  int64_t scratch_floats(int64_t w) const { return (w < 32 ? 64 : 2 * w) * group; }
 };
 
 // `vectors` x 16 floats as sums of `parts` bf16 values, part p at to + p * stride bytes. For the kernels with parts

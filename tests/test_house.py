@@ -91,6 +91,7 @@ TORCH_FACING = {"bindings.cpp", "torch_cpu.h", "conv3x3.cpp", "conv_stack.cpp", 
     "fingerprint.cpp",
     "batch_norm.cpp",
     "conv3x3_backward.cpp",
+    "stack.cpp",
 }
 CPU = [ROOT / "csrc/bindings.cpp", ROOT / "csrc/conv3x3.h", *sorted((ROOT / "csrc/cpu").iterdir())]
 

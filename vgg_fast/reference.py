@@ -16,6 +16,7 @@ class Step(IntFlag):
     NONE = 0
     RELU = 1
     POOL = 2
+    TAP = 4  # return the value before the pool as well
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False, pool: bool = False) -> Tensor:
@@ -77,6 +78,18 @@ def conv_stack(x: Tensor, weights: Sequence[Tensor], affines: Sequence[Tensor], 
 
     Intermediate values are rounded to the dtype of ``x``, so the chain equals the steps taken one by one.
     """
+    return conv_stack_taps(x, weights, affines, program)[-1]
+
+
+def conv_stack_taps(
+    x: Tensor, weights: Sequence[Tensor], affines: Sequence[Tensor], program: Sequence[int]
+) -> list[Tensor]:
+    """:func:`conv_stack` with the values before the pool of every step with TAP, in order; the result comes last."""
+    taps = []
     for weight, affine, step in zip(weights, affines, program, strict=True):
-        x = conv3x3_affine(x, weight, affine, bool(step & Step.RELU), bool(step & Step.POOL))
-    return x
+        x = conv3x3_affine(x, weight, affine, bool(step & Step.RELU), False)
+        if step & Step.TAP:
+            taps.append(x)
+        if step & Step.POOL:
+            x = maxpool2x2(x)
+    return [*taps, x]

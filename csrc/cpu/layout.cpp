@@ -74,14 +74,13 @@ void split_parts(const float* from, int64_t vectors, char* to, int64_t stride, c
 
 int64_t map_bytes(int64_t planes, int64_t h, int64_t w) { return (planes * (h + 2) * (w + 2) + 64) * kLine; }
 
-void pack_row(const Image& image, const MicroKernel& kernel, char* map, int64_t row) {
+void pack_row(const Image& image, const MicroKernel& kernel, int64_t row, char* to, int64_t plane) {
   const int64_t block = kernel.block(), pitch = (image.w + 2) * kLine, size = element_size(image.dtype);
-  const int64_t plane = (image.h + 2) * pitch;
   const bool split = kernel.parts > 1;
   const CopyPlane copy = copy_plane_for(image.dtype, split ? DType::f32 : kernel.compute);
   std::vector<float> whole(split ? image.w * block : 0);
   for (int64_t b = 0; b < ceil_div(image.c, block); ++b) {
-    char* line = map + b * kernel.parts * plane + row * pitch;
+    char* line = to + b * kernel.parts * plane;
     for (int64_t part = 0; part < kernel.parts; ++part) std::memset(line + part * plane, 0, pitch);
     if (row == 0 || row == image.h + 1) continue;
     const int64_t channels = std::min(block, image.c - b * block);
@@ -97,7 +96,24 @@ void pack_row(const Image& image, const MicroKernel& kernel, char* map, int64_t 
   }
 }
 
-void gather_rows(const Image& image, const MicroKernel& kernel, char* map, int64_t row_begin, int64_t row_end) {
+namespace {
+
+// [tap][channel] of every pixel of a row, from bordered rows [column][channel] that are `line` values apart. The sizes
+// of the pieces are constants: copies of a few bytes whose size has to be looked up take most of a first layer's time.
+template <int kChannels>
+void gather_row(const uint16_t* above, int64_t line, int64_t w, char* pixels) {
+  constexpr int64_t kPiece = 3 * kChannels * sizeof(uint16_t);
+  for (int64_t x = 0; x < w; ++x, pixels += kLine, above += kChannels) {
+    for (int64_t tap_row = 0; tap_row < 3; ++tap_row) {
+      std::memcpy(pixels + tap_row * kPiece, above + tap_row * line, kPiece);
+    }
+  }
+}
+
+}  // namespace
+
+void gather_rows(const Image& image, const MicroKernel& kernel, int64_t row_begin, int64_t row_end, char* to,
+                 int64_t plane) {
   const int64_t pitch = (image.w + 2) * kLine, size = element_size(image.dtype), rows = row_end - row_begin;
   const bool split = kernel.parts > 1;
   const CopyPlane copy = copy_plane_for(image.dtype, split ? DType::f32 : DType::bf16);
@@ -115,27 +131,22 @@ void gather_rows(const Image& image, const MicroKernel& kernel, char* map, int64
     split_parts(whole.data(), vectors, reinterpret_cast<char*>(bordered.data()), vectors * kVector * 2, kernel);
   for (int64_t part = 0; part < kernel.parts; ++part) {
     for (int64_t row = row_begin; row < row_end; ++row) {
-      char* pixels = map + (part * (image.h + 2) + row) * pitch;
+      char* pixels = to + part * plane + (row - row_begin) * pitch;
       std::memset(pixels, 0, pitch);
       const uint16_t* above = bordered.data() + part * vectors * kVector + (row - row_begin) * line;
-      for (int64_t x = 0; x < image.w; ++x, pixels += kLine, above += image.c) {
-        for (int64_t tap_row = 0; tap_row < 3; ++tap_row) {
-          std::memcpy(pixels + tap_row * 3 * image.c * 2, above + tap_row * line, 3 * image.c * 2);
-        }
-      }
+      (image.c == 1 ? gather_row<1> : image.c == 2 ? gather_row<2> : gather_row<3>)(above, line, image.w, pixels);
     }
   }
 }
 
-void clear_border(char* map, int64_t plane, int64_t h, int64_t w) {
+void clear_border(char* plane, int64_t h, int64_t w, bool top, bool bottom) {
   const int64_t pitch = (w + 2) * kLine;
-  char* first = map + plane * (h + 2) * pitch;
-  std::memset(first, 0, pitch);
-  for (int64_t row = 1; row <= h; ++row) {
-    std::memset(first + row * pitch, 0, kLine);
-    std::memset(first + (row + 1) * pitch - kLine, 0, kLine);
+  if (top) std::memset(plane, 0, pitch);
+  for (int64_t row = 0; row < h + 2; ++row) {
+    std::memset(plane + row * pitch, 0, kLine);
+    std::memset(plane + (row + 1) * pitch - kLine, 0, kLine);
   }
-  std::memset(first + (h + 1) * pitch, 0, pitch);
+  if (bottom) std::memset(plane + (h + 1) * pitch, 0, pitch);
 }
 
 void copy_row(const Image& from, const Image& to, int64_t row) {

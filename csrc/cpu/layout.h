@@ -16,15 +16,17 @@ struct Image {
 // read (and drop).
 int64_t map_bytes(int64_t planes, int64_t h, int64_t w);
 
-// Row `row` (0 .. h + 1, the border included) of every plane of the map, from the image.
-void pack_row(const Image& image, const MicroKernel& kernel, char* map, int64_t row);
+// Row `row` (0 .. h + 1, the border included) of the image's map: its line in the first plane goes to `to`, the other
+// planes are `plane` bytes apart.
+void pack_row(const Image& image, const MicroKernel& kernel, int64_t row, char* to, int64_t plane);
 
 // Rows [row_begin, row_end) of 0 .. h - 1 of the map whose pixels are the image's 3x3 neighbourhoods, [tap][channel],
-// zero-padded.
-void gather_rows(const Image& image, const MicroKernel& kernel, char* map, int64_t row_begin, int64_t row_end);
+// zero-padded; where they go as above.
+void gather_rows(const Image& image, const MicroKernel& kernel, int64_t row_begin, int64_t row_end, char* to,
+                 int64_t plane);
 
-// Zeros in the border of plane `plane`.
-void clear_border(char* map, int64_t plane, int64_t h, int64_t w);
+// Zeros in the border columns of a plane, and in the border row above it and below it.
+void clear_border(char* plane, int64_t h, int64_t w, bool top, bool bottom);
 
 // Row `row` of an image from that of another of the same dtype and size, which may have more channels.
 void copy_row(const Image& from, const Image& to, int64_t row);

@@ -35,6 +35,10 @@ Tensor bn_relu_pool_sums_cpu(const Tensor& dy, const Tensor& z, const Tensor& af
 Tensor bn_relu_pool_backward_cpu(const Tensor& dy, const Tensor& z, const Tensor& affine, const Tensor& factor,
                                  const std::optional<Tensor>& centre, bool relu, bool pool);
 std::string cpu_passes();
+// The same with taps: those of the layers that have one, in order, and the last layer's result.
+std::vector<Tensor> conv_stack_taps_cpu(const Tensor& x, const std::vector<Tensor>& weights,
+                                        const std::vector<Tensor>& affines, const std::vector<int64_t>& program,
+                                        const std::string& kernel, bool channels_last);
 int64_t fingerprint_cpu(const std::vector<Tensor>& tensors);
 
 // The dtype, or an error that names `what` and the dtypes there are.

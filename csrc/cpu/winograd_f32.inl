@@ -71,7 +71,7 @@ VGG_TARGET inline bool transform_inputs(const Conv3x3Args& a, const WinogradPlan
                                         float* v) {
   using Vec = typename Isa::Vec;
   const int64_t pitch = (a.w + 2) * kWords, plane = p.v_plane(p.cin_blocks);
-  const float* map = reinterpret_cast<const float*>(a.x) + block * (a.h + 2) * pitch;
+  const float* map = reinterpret_cast<const float*>(a.x + block * a.x_plane);
   float* out = v + block * chunk.tiles() * kWords;
   const int64_t bottom = std::min(chunk.row_end * kTile, a.h) + 2, right = std::min(chunk.column_end * kTile, a.w) + 2;
   Vec largest = Isa::zero();
@@ -207,16 +207,14 @@ VGG_TARGET inline void finish_tile_row(const Conv3x3Args& a, const WinogradPlan&
                                        int64_t tile_row, bool direct, const float* m, float* rows) {
   using Vec = typename Isa::Vec;
   const int64_t left = chunk.column_begin * kTile, pitch = chunk.columns() * kTile * Isa::kGroup;
-  const int64_t top = tile_row * kTile, bottom = std::min(top + kTile, a.pool ? a.h / 2 * 2 : a.h);
-  Conv3x3Args part = a;  // the columns of this chunk
-  part.w = std::min(chunk.column_end * kTile, a.w) - left;
-  part.y += (a.pool ? left / 2 : left) * a.y_pixel;
+  const int64_t top = tile_row * kTile, bottom = std::min(top + kTile, a.h);
+  const int64_t width = std::min(chunk.column_end * kTile, a.w) - left;
   if (direct) {
     const uint32_t* weight = a.weight + group * a.cin_blocks * kTaps * kWords * Isa::kGroup;
     for (int64_t row = top; row < bottom; ++row) {
       const char* x = a.x + (row * (a.w + 2) + left) * kLine;
-      for (int64_t column = 0; column < part.w; column += Isa::kPixels) {
-        accumulate_some<Isa>(std::min<int64_t>(Isa::kPixels, part.w - column), a, x + column * kLine, weight,
+      for (int64_t column = 0; column < width; column += Isa::kPixels) {
+        accumulate_some<Isa>(std::min<int64_t>(Isa::kPixels, width - column), a, x + column * kLine, weight,
                              rows + (row - top) * pitch + column * Isa::kGroup);
       }
     }
@@ -241,14 +239,8 @@ VGG_TARGET inline void finish_tile_row(const Conv3x3Args& a, const WinogradPlan&
       }
     }
   }
-  if (a.pool) {
-    for (int64_t row = top; row + 1 < bottom; row += 2, rows += 2 * pitch) {
-      epilogue_row<Isa, true>(part, group, row / 2, rows, rows + pitch);
-    }
-  } else {
-    for (int64_t row = top; row < bottom; ++row, rows += pitch) {
-      epilogue_row<Isa, false>(part, group, row, rows, nullptr);
-    }
+  for (int64_t row = top; row < bottom; row += 2, rows += 2 * pitch) {
+    epilogue<Isa>(a, group, row, left, width, row + 1 < bottom, rows, pitch);
   }
 }
 

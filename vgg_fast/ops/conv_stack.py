@@ -1,8 +1,11 @@
 """``vgg_fast::conv_stack``: a chain of convolutions in one call, the activations staying in the kernel's own layout.
 
-``program[i]`` (a ``reference.Step``: RELU 1, POOL 2) says what follows convolution i; ``weights`` and ``affines`` come
-from ``pack(..., kernel)``. Intermediate values are rounded to the dtype of x, so the chain has the bits of the steps
-taken one by one. For inference: it has no gradient.
+``program[i]`` (a ``reference.Step``: RELU 1, POOL 2, TAP 4) says what follows convolution i; ``weights`` and
+``affines`` come from ``pack(..., kernel)``. Intermediate values are rounded to the dtype of x, so the chain has the
+bits of the steps taken one by one. For inference: it has no gradient.
+
+``conv_stack_taps`` also returns the values before the pool of every step with TAP, in order; the result comes last.
+Perceptual losses want these: a tap and its pooled value come from one pass over the map.
 """
 
 from __future__ import annotations
@@ -16,11 +19,33 @@ from torch.library import define, impl, register_fake
 from vgg_fast import reference, selection
 from vgg_fast.ops._layout import empty_image
 
-define(
-    "vgg_fast::conv_stack",
-    "(Tensor x, Tensor[] weights, Tensor[] affines, int[] program, str kernel, bool channels_last) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+_ARGUMENTS = "(Tensor x, Tensor[] weights, Tensor[] affines, int[] program, str kernel, bool channels_last)"
+define("vgg_fast::conv_stack", f"{_ARGUMENTS} -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+define("vgg_fast::conv_stack_taps", f"{_ARGUMENTS} -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _without_taps(program: Sequence[int]) -> None:
+    if any(step & reference.Step.TAP for step in program):
+        raise RuntimeError("conv_stack: a program with taps returns several tensors: call conv_stack_taps")
+
+
+@register_fake("vgg_fast::conv_stack_taps")
+def _fake_taps(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    affines: Sequence[Tensor],
+    program: Sequence[int],
+    kernel: str,
+    channels_last: bool,
+) -> list[Tensor]:
+    height, width = x.shape[2:]
+    results = []
+    for affine, step in zip(affines, program, strict=True):
+        if step & reference.Step.TAP:
+            results.append(empty_image(x, affine.shape[1], height, width, channels_last))
+        if step & reference.Step.POOL:
+            height, width = height // 2, width // 2
+    return [*results, empty_image(x, affines[-1].shape[1], height, width, channels_last)]
 
 
 @register_fake("vgg_fast::conv_stack")
@@ -32,11 +57,8 @@ def _fake(
     kernel: str,
     channels_last: bool,
 ) -> Tensor:
-    height, width = x.shape[2:]
-    for step in program:
-        if step & reference.Step.POOL:
-            height, width = height // 2, width // 2
-    return empty_image(x, affines[-1].shape[1], height, width, channels_last)
+    _without_taps(program)
+    return _fake_taps(x, weights, affines, program, kernel, channels_last)[-1]
 
 
 def _python(
@@ -47,6 +69,7 @@ def _python(
     kernel: str,
     channels_last: bool,
 ) -> Tensor:
+    _without_taps(program)
     name = selection.choose(x.dtype, x.device, kernel)
     if name == "triton":
         from vgg_fast.kernels import conv3x3 as triton_kernel
@@ -59,7 +82,33 @@ def _python(
     return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
+def _python_taps(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    affines: Sequence[Tensor],
+    program: Sequence[int],
+    kernel: str,
+    channels_last: bool,
+) -> list[Tensor]:
+    """For devices without a compiled implementation: the stretches between the taps, one by one."""
+    results, first = [], 0
+    for i, step in enumerate(program):
+        if not step & reference.Step.TAP:
+            continue
+        stretch = [*program[first:i], step & reference.Step.RELU]
+        x = _python(x, weights[first : i + 1], affines[first : i + 1], stretch, kernel, channels_last)
+        results.append(x)
+        if step & reference.Step.POOL:
+            x = torch.ops.vgg_fast.maxpool2x2(x)
+        first = i + 1
+    if first < len(program):
+        x = _python(x, weights[first:], affines[first:], program[first:], kernel, channels_last)
+    # An operator may not return one tensor twice.
+    return [*results, x.clone() if results and x is results[-1] else x]
+
+
 def register(keys: list[str]) -> None:
     """Puts the Python implementation behind these dispatch keys."""
     for key in keys:
         impl("vgg_fast::conv_stack", key)(_python)
+        impl("vgg_fast::conv_stack_taps", key)(_python_taps)

@@ -1,0 +1,73 @@
+// A chain of convolutions over one image: what conv_stack.cpp checks and hands out to threads, stack.cpp computes.
+// Plain C++.
+#pragma once
+#include <vector>
+
+#include "layout.h"
+#include "winograd.h"
+
+namespace vgg_fast {
+
+struct Layer {
+  const uint32_t* weight;
+  std::vector<float> affine;  // scale, shift: each as long as the lanes, with zeros past Cout
+  int64_t cin, cout, h, w;
+  bool relu, pool, tap;
+
+  int64_t out_h() const { return pool ? h / 2 : h; }
+  int64_t out_w() const { return pool ? w / 2 : w; }
+};
+
+// Where the results of a chain go: the images of the layers with a tap, in order, and that of the last layer.
+struct Results {
+  std::vector<Image> taps;
+  Image y;
+};
+
+// Between the layers the activations stay in the blocked layout of conv3x3.h, in two buffers that take turns; only the
+// first layer reads PyTorch's layout and only results are written in it. Where the first two layers are large, the map
+// between them is never there as a whole: each thread computes it strip by strip, in its own cache.
+class Stack {
+ public:
+  // Each result of channels_last memory and a multiple of 16 channels is written directly.
+  Stack(const MicroKernel& kernel, DType dtype, std::vector<Layer> layers, bool channels_last, int64_t threads);
+
+  // Bytes of the workspace of `run`, 64-byte aligned.
+  int64_t workspace_bytes() const { return in_bytes_ + out_bytes_ + shared_bytes_ + staging_bytes_; }
+  // Shares the work among the threads of torch::stable::parallel_for, or runs alone when called inside of one.
+  void run(const Image& x, const Results& results, char* workspace) const;
+
+ private:
+  struct Strip {
+    int64_t top, bottom;           // rows
+    int64_t unit_begin, unit_end;  // of the second layer's Winograd plan
+  };
+
+  int64_t lanes(const Layer& layer) const { return kernel_.groups(layer.cout) * kernel_.group; }
+  int64_t planes(const Layer& layer) const { return ceil_div(lanes(layer), kernel_.block()) * kernel_.parts; }
+  bool writes_directly(const Layer& layer) const { return channels_last_ && layer.cout % kVector == 0; }
+  bool leaves_image(size_t i) const;
+  Image staged(const Layer& layer, char* data, int64_t h, int64_t w) const;
+  bool winograd(const Layer& layer) const;
+  WinogradPlan plan(const Layer& layer) const;
+  bool strips() const;
+  void size_buffers();
+
+  Conv3x3Args arguments(const Layer& layer) const;
+  Output map_output(const Layer& layer, char* map, int64_t h, int64_t w) const;
+  Output image_output(const Image& image) const;
+  void fill(const Image& x, char* map) const;
+  void run_layer(const Layer& layer, const Conv3x3Args& args, char* shared) const;
+  Strip strip_of(int64_t strip, int64_t strips, int64_t rows) const;
+  void run_strips(const Image& x, const Conv3x3Args& args, char* shared) const;
+  void fill_strip(const Image& x, int64_t row_begin, int64_t row_end, char* map) const;
+
+  const MicroKernel& kernel_;
+  DType dtype_;  // of the tensors, and the precision of every layer's result
+  std::vector<Layer> layers_;
+  bool channels_last_;
+  int64_t threads_;
+  int64_t in_bytes_ = 0, out_bytes_ = 0, shared_bytes_ = 0, staging_bytes_ = 0;
+};
+
+}  // namespace vgg_fast
