@@ -53,6 +53,7 @@ STABLE_TORCH_LIBRARY_IMPL(vgg_fast, CPU, m) {
   m.impl("pack", TORCH_BOX(&vgg_fast::pack_cpu));
   m.impl("conv_stack", TORCH_BOX(&vgg_fast::conv_stack_cpu));
   m.impl("pack_transposed", TORCH_BOX(&vgg_fast::pack_transposed_cpu));
+  m.impl("conv3x3_weight_grad", TORCH_BOX(&vgg_fast::conv3x3_weight_grad_cpu));
   m.impl("bn_relu_pool", TORCH_BOX(&vgg_fast::bn_relu_pool_cpu));
   m.impl("batch_moments", TORCH_BOX(&vgg_fast::batch_moments_cpu));
   m.impl("bn_relu_pool_sums", TORCH_BOX(&vgg_fast::bn_relu_pool_sums_cpu));
@@ -66,5 +67,6 @@ STABLE_TORCH_LIBRARY_IMPL(vgg_fast, CompositeExplicitAutograd, m) {
   m.impl("cpu_kernels", TORCH_BOX(&vgg_fast::cpu_kernels));
   m.impl("cpu_packed_words", TORCH_BOX(&vgg_fast::cpu_packed_words));
   m.impl("cpu_passes", TORCH_BOX(&vgg_fast::cpu_passes));
+  m.impl("cpu_weight_grad", TORCH_BOX(&vgg_fast::cpu_weight_grad));
   m.impl("cpu_flags", TORCH_BOX(&vgg_fast::cpu_flags_op));
 }

@@ -260,9 +260,7 @@ class _Convolution(torch.autograd.Function):
             packed = _transposed(task, weight)
             dx = _ops.conv_stack(dz, [packed], [_identity(ctx.shape[1])], [Step.NONE], task.kernel, last)
         if wanted[1]:
-            dw = torch.ops.aten.convolution_backward(
-                dz, x, weight.to(dz.dtype), None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False]
-            )[1].to(weight.dtype)
+            dw = _ops.conv3x3_weight_grad(x.contiguous(memory_format=_LAST), dz, weight, task.kernel)
         if wanted[2]:
             db = dz.sum((0, 2, 3))
         return dx, dw, db, None

@@ -6,17 +6,6 @@
 namespace vgg_fast {
 namespace {
 
-void check_map(const Tensor& tensor, const char* what) {
-  STD_TORCH_CHECK(tensor.dim() == 4 && tensor.is_cpu(), what, " must be a CPU tensor [N, C, H, W], got ", tensor.dim(),
-                  " dimensions");
-  int64_t dense = 1;
-  for (int d : {1, 3, 2, 0}) {
-    STD_TORCH_CHECK(tensor.size(d) <= 1 || tensor.stride(d) == dense, what,
-                    " must be dense in channels_last; call .contiguous(memory_format=torch.channels_last)");
-    dense *= tensor.size(d);
-  }
-}
-
 const float* vectors_of(const Tensor& tensor, int64_t count, int64_t c, const char* what) {
   STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == count && tensor.size(1) == c && tensor.is_contiguous() &&
                       tensor.scalar_type() == ScalarType::Float && tensor.is_cpu(),
@@ -63,6 +52,17 @@ Tensor doubles(std::initializer_list<int64_t> sizes, const Tensor& like) {
 }
 
 }  // namespace
+
+void check_map(const Tensor& tensor, const char* what) {
+  STD_TORCH_CHECK(tensor.dim() == 4 && tensor.is_cpu(), what, " must be a CPU tensor [N, C, H, W], got ", tensor.dim(),
+                  " dimensions");
+  int64_t dense = 1;
+  for (int d : {1, 3, 2, 0}) {
+    STD_TORCH_CHECK(tensor.size(d) <= 1 || tensor.stride(d) == dense, what,
+                    " must be dense in channels_last; call .contiguous(memory_format=torch.channels_last)");
+    dense *= tensor.size(d);
+  }
+}
 
 Tensor bn_relu_pool_cpu(const Tensor& z, const Tensor& affine, bool relu, bool pool) {
   PassArgs args = pass_args(z, "bn_relu_pool: z", relu, pool);

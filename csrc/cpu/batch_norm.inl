@@ -76,8 +76,7 @@ struct Window {
   Vec best;      // the value
   Mask index;    // of the pixel that it comes from
 
-  VGG_INLINE void read(const char* first, int64_t row, int64_t pixel, int64_t lanes, Vec scale,
-                       Vec shift, Vec floor) {
+  VGG_INLINE void read(const char* first, int64_t row, int64_t pixel, int64_t lanes, Vec scale, Vec shift, Vec floor) {
     const int64_t offset[4] = {0, pixel, row, row + pixel};
     for (int k = 0; k < kSize; ++k) {
       z[k] = load<kType>(first + offset[k], lanes);
@@ -163,8 +162,8 @@ VGG_TARGET void gradient_unit(const PassArgs& a, int64_t unit) {
       for (int64_t c = 0; c < a.c; c += kLanes) {
         const int64_t lanes = a.c - c;
         Window<kType, kPool> window;
-        window.read(z + c * kSize, row, pixel, lanes, load_floats(a.scale + c, lanes),
-                    load_floats(a.shift + c, lanes), floor);
+        window.read(z + c * kSize, row, pixel, lanes, load_floats(a.scale + c, lanes), load_floats(a.shift + c, lanes),
+                    floor);
         const Vec g =
             masked(load<kType>(dy + c * kSize, lanes), window.best, threshold) * load_floats(a.factor + c, lanes);
         const int64_t offset[4] = {0, pixel, row, row + pixel};

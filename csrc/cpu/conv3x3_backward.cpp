@@ -1,0 +1,300 @@
+// conv3x3_weight_grad: see vgg_fast/ops/conv3x3_weight_grad.py and weight_grad.h.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "convert.h"
+#include "denormals.h"
+#include "torch_cpu.h"
+#include "weight_grad.h"
+#include "winograd.h"
+
+namespace vgg_fast {
+namespace {
+
+constexpr WeightGrad kTable[] = {
+#define WEIGHT_GRAD(kernel, amx, winograd, f32) {#kernel, amx, winograd, &f32},
+#include "weight_grads.inc"
+#undef WEIGHT_GRAD
+};
+
+// Tiles of one sum of Winograd's; operands and sums of 64 by 64 channels (0.6 MB) then stay in L2.
+constexpr int64_t kChunkTiles = 128, kWinogradBlock = 64;
+// Bytes of transformed operands that are there at a time, and the most chunks of tiles they are cut into.
+constexpr int64_t kBandBytes = 1 << 24, kBandChunks = 8;
+// Pixels of one sum of the direct method, and the most slots of an image.
+constexpr int64_t kDirectPixels = 1024, kDirectSlots = 16, kDirectIn = kVector, kDirectOut = 2 * kVector;
+// Units of work that AMX is cut into where there are few channels.
+constexpr int64_t kAmxBlock = 32, kAmxUnits = 64;
+
+template <class Body>
+void parallel(int64_t units, const Body& body) {
+  torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
+    const FlushDenormals mode;
+    for (int64_t unit = begin; unit < end; ++unit) body(unit);
+  });
+}
+
+// A thread's own sums, kept between calls.
+float* scratch(int64_t floats) {
+  thread_local std::vector<float> buffer;
+  if (int64_t(buffer.size()) < floats + kWords) buffer.resize(floats + kWords);
+  const auto address = reinterpret_cast<uintptr_t>(buffer.data());
+  return reinterpret_cast<float*>((address + kLine - 1) / kLine * kLine);
+}
+
+// Aligned memory that lives as long as this does.
+class Buffer {
+ public:
+  Buffer(int64_t bytes, const Tensor& like)
+      : tensor_(torch::stable::empty({bytes + kLine}, ScalarType::Byte, std::nullopt, like.device())) {
+    const auto address = reinterpret_cast<uintptr_t>(tensor_.mutable_data_ptr());
+    data_ = reinterpret_cast<char*>((address + kLine - 1) / kLine * kLine);
+  }
+  char* bytes() const { return data_; }
+  float* floats() const { return reinterpret_cast<float*>(data_); }
+
+ private:
+  Tensor tensor_;
+  char* data_;
+};
+
+// The sums of weight_grad.h.
+struct Sums {
+  int64_t slots, block_in, block_out, blocks_in, blocks_out;
+  Sums(int64_t slots_, int64_t in, int64_t out, const WeightGradArgs& a)
+      : slots(slots_),
+        block_in(in),
+        block_out(out),
+        blocks_in(ceil_div(a.cin, in)),
+        blocks_out(ceil_div(a.cout, out)) {}
+  int64_t blocks() const { return blocks_in * blocks_out; }
+  int64_t block_floats() const { return kTaps * block_in * block_out; }
+  int64_t units() const { return slots * blocks(); }
+  int64_t bytes() const { return units() * block_floats() * int64_t{sizeof(float)}; }
+};
+
+void store_element(char* to, DType type, float value) {
+  if (type == DType::f32) {
+    std::memcpy(to, &value, 4);
+  } else {
+    const uint16_t bits = float_to_bf16(value);
+    std::memcpy(to, &bits, 2);
+  }
+}
+
+// Adds up the slots, and writes dw. Returns whether all of it is finite.
+bool reduce(const Sums& s, const WeightGradArgs& a, float* sums, const Tensor& dw, DType type) {
+  char* data = static_cast<char*>(dw.mutable_data_ptr());
+  const int64_t size = element_size(type), step = s.blocks() * s.block_floats();
+  const int64_t strides[4] = {dw.stride(0) * size, dw.stride(1) * size, dw.stride(2) * size, dw.stride(3) * size};
+  std::vector<char> finite(s.blocks());
+  parallel(s.blocks(), [&](int64_t block) {
+    float* total = sums + block * s.block_floats();
+    float poison = 0.0f;  // 0 times what is not finite is NaN
+    for (int64_t i = 0; i < s.block_floats(); ++i) {
+      for (int64_t slot = 1; slot < s.slots; ++slot) total[i] += total[slot * step + i];
+    }
+    const int64_t in = block / s.blocks_out * s.block_in, out = block % s.blocks_out * s.block_out;
+    const int64_t ins = std::min(s.block_in, a.cin - in), outs = std::min(s.block_out, a.cout - out);
+    for (int64_t o = 0; o < outs; ++o) {
+      for (int64_t i = 0; i < ins; ++i) {
+        char* to = data + (out + o) * strides[0] + (in + i) * strides[1];
+        const float* from = total + i * s.block_out + o;
+        for (int64_t tap = 0; tap < kTaps; ++tap, from += s.block_in * s.block_out) {
+          poison += *from * 0.0f;
+          store_element(to + tap / 3 * strides[2] + tap % 3 * strides[3], type, *from);
+        }
+      }
+    }
+    finite[block] = poison == 0.0f;
+  });
+  return std::find(finite.begin(), finite.end(), 0) == finite.end();
+}
+
+bool by_winograd(const WeightGradArgs& a, const WeightGrad& method) {
+  const int64_t tiles = ceil_div(a.h, kTile) * ceil_div(a.w, kTile);
+  // The way back from the 36 planes costs some 250 products for a pair of channels.
+  return method.winograd && a.type == DType::f32 && a.cin % kVector == 0 && a.cout % kVector == 0 &&
+         a.n * kPlanes * tiles + 250 < a.n * kTaps * a.h * a.w;
+}
+
+bool run_winograd(const WeightGradArgs& a, const WeightGradF32& isa, const Tensor& dw, DType type) {
+  const int64_t tiles = a.n * ceil_div(a.h, kTile) * ceil_div(a.w, kTile), chunks = ceil_div(tiles, kChunkTiles);
+  const int64_t blocks_x = a.cin / kVector, blocks = blocks_x + a.cout / kVector, most = std::min(tiles, kChunkTiles);
+  const int64_t block_floats = most * kVector, plane = blocks * block_floats + kSkew, chunk_floats = kPlanes * plane;
+  const int64_t fit = kBandBytes / (chunk_floats * int64_t{sizeof(float)});
+  const int64_t band = std::min(chunks, std::clamp<int64_t>(fit, 1, kBandChunks));
+  const Sums s(band, kWinogradBlock, kWinogradBlock, a);
+  const Buffer operands(band * chunk_floats * int64_t{sizeof(float)}, dw), sums(s.bytes(), dw);
+  const int64_t m_plane = kWinogradBlock * kWinogradBlock + kSkew;
+  for (int64_t first = 0; first < chunks; first += band) {
+    const int64_t count = std::min(band, chunks - first);
+    parallel(count * blocks, [&](int64_t unit) {
+      const int64_t chunk = unit / blocks, block = unit % blocks, begin = (first + chunk) * kChunkTiles;
+      const int64_t end = std::min(begin + kChunkTiles, tiles);
+      float* out = operands.floats() + chunk * chunk_floats + block * block_floats;
+      if (block < blocks_x) {
+        isa.transform_x(a, block * kVector, begin, end, out, plane);
+      } else {
+        isa.transform_dy(a, (block - blocks_x) * kVector, begin, end, out, plane);
+      }
+    });
+    parallel(count * s.blocks(), [&](int64_t unit) {
+      const int64_t chunk = unit / s.blocks(), block = unit % s.blocks();
+      const int64_t in = block / s.blocks_out * kWinogradBlock, out = block % s.blocks_out * kWinogradBlock;
+      const int64_t ins = std::min(kWinogradBlock, a.cin - in), outs = std::min(kWinogradBlock, a.cout - out);
+      const int64_t k = std::min(kChunkTiles, tiles - (first + chunk) * kChunkTiles);
+      float* m = scratch(kPlanes * m_plane);
+      for (int64_t xi = 0; xi < kPlanes; ++xi) {
+        const float* v = operands.floats() + chunk * chunk_floats + xi * plane + in / kVector * block_floats;
+        const float* w =
+            operands.floats() + chunk * chunk_floats + xi * plane + (blocks_x + out / kVector) * block_floats;
+        for (int64_t o = 0; o < outs; o += 2 * kVector) {
+          for (int64_t i = 0; i < ins; i += isa.rows) {
+            isa.outer(v + i / kVector * block_floats + i % kVector, isa.rows, w + o / kVector * block_floats,
+                      block_floats, (outs - o) / kVector, k, true, m + xi * m_plane + i * kWinogradBlock + o,
+                      kWinogradBlock);
+          }
+        }
+      }
+      isa.transform_back(m, m_plane, ins * kWinogradBlock / kVector, first == 0,
+                         sums.floats() + unit * s.block_floats(), kWinogradBlock * kWinogradBlock);
+    });
+  }
+  return reduce(s, a, sums.floats(), dw, type);
+}
+
+void run_direct(const WeightGradArgs& a, const WeightGradF32& isa, const Tensor& dw, DType type) {
+  const MicroKernel& layout = find_microkernel("portable_f32", DType::f32, Precision::highest, "");
+  const int64_t size = element_size(a.type), pitch = (a.w + 2) * kVector, plane = (a.h + 2) * pitch;
+  const int64_t rows = std::max(ceil_div(kDirectPixels, a.w), ceil_div(a.h, kDirectSlots));
+  const Sums s(ceil_div(a.h, rows), kDirectIn, kDirectOut, a);
+  const Buffer x(map_bytes(s.blocks_in, a.h, a.w), dw), dy(map_bytes(2 * s.blocks_out, a.h, a.w), dw);
+  const Buffer sums(s.bytes(), dw);
+  for (int64_t image = 0; image < a.n; ++image) {
+    const auto source = [&](const char* maps, int64_t c) {
+      char* data = const_cast<char*>(maps) + image * a.h * a.w * c * size;
+      return Image{data, a.type, c, a.h, a.w, 1, a.w * c, c};
+    };
+    const Image from[2] = {source(a.x, a.cin), source(a.dy, a.cout)};
+    parallel(2 * (a.h + 2), [&](int64_t unit) {
+      const int64_t which = unit % 2, row = unit / 2;
+      char* map = which == 0 ? x.bytes() : dy.bytes();
+      pack_row(from[which], layout, row, map + row * pitch * 4, plane * 4);
+    });
+    parallel(s.units(), [&](int64_t unit) {
+      const int64_t slot = unit / s.blocks(), block = unit % s.blocks();
+      const int64_t in = block / s.blocks_out, out = block % s.blocks_out * 2;
+      const int64_t ins = std::min(kDirectIn, a.cin - in * kDirectIn);
+      const int64_t outs = std::min<int64_t>(2, ceil_div(a.cout, kVector) - out);
+      const int64_t begin = slot * rows, end = std::min(begin + rows, a.h);
+      alignas(64) float m[kTaps * kDirectIn * kDirectOut] = {};
+      for (int64_t row = begin; row < end; ++row) {
+        const float* w = dy.floats() + out * plane + (row + 1) * pitch + kVector;
+        for (int64_t tap = 0; tap < kTaps; ++tap) {
+          const float* v = x.floats() + in * plane + (row + tap / 3) * pitch + tap % 3 * kVector;
+          for (int64_t i = 0; i < ins; i += isa.rows) {
+            isa.outer(v + i, ins - i, w, plane, outs, a.w, row == begin, m + (tap * kDirectIn + i) * kDirectOut,
+                      kDirectOut);
+          }
+        }
+      }
+      float* total = sums.floats() + unit * s.block_floats();
+      for (int64_t i = 0; i < s.block_floats(); ++i) total[i] = image == 0 ? m[i] : total[i] + m[i];
+    });
+  }
+  reduce(s, a, sums.floats(), dw, type);
+}
+
+#if defined(__x86_64__)
+bool run_amx(const WeightGradArgs& a, const Tensor& dw, DType type) {
+  const WeightGradAmx plan(a.h, a.w, a.cin, a.cout);
+  const int64_t chunks = a.n * plan.chunks();
+  const int64_t blocks = ceil_div(a.cin, kAmxBlock) * ceil_div(a.cout, kAmxBlock);
+  const Sums s(std::clamp(kAmxUnits / blocks, int64_t{1}, chunks), kAmxBlock, kAmxBlock, a);
+  const Buffer x(a.n * plan.x_image, dw), dy(a.n * plan.dy_image, dw), sums(s.bytes(), dw);
+  const int64_t halves_x = s.blocks_in * 2, halves = halves_x + s.blocks_out * 2;
+  parallel(a.n * halves, [&](int64_t unit) {
+    const int64_t image = unit / halves, half = unit % halves, channel = half < halves_x ? half : half - halves_x;
+    if (half < halves_x) {
+      weight_grad_pack_x_amx(a, plan, image, channel * kVector,
+                             x.bytes() + image * plan.x_image + channel * kVector * plan.x_row_bytes);
+    } else {
+      weight_grad_pack_dy_amx(a, plan, image, channel * kVector,
+                              dy.bytes() + image * plan.dy_image + channel * plan.dy_block);
+    }
+  });
+  parallel(s.units(), [&](int64_t unit) {
+    const int64_t slot = unit / s.blocks(), block = unit % s.blocks();
+    weight_grad_amx(plan, x.bytes() + block / s.blocks_out * kAmxBlock * plan.x_row_bytes,
+                    dy.bytes() + block % s.blocks_out * 2 * plan.dy_block, slot * chunks / s.slots,
+                    (slot + 1) * chunks / s.slots, sums.floats() + unit * s.block_floats());
+  });
+  return reduce(s, a, sums.floats(), dw, type);
+}
+#else
+bool run_amx(const WeightGradArgs&, const Tensor&, DType) { return false; }
+#endif
+
+std::string method_name(const WeightGradArgs& a, const WeightGrad& method) {
+  if (method.amx && a.type == DType::bf16) return "amx";
+  return std::string(method.f32->name) + (by_winograd(a, method) ? " winograd" : "");
+}
+
+}  // namespace
+
+const WeightGrad& weight_grad_of(const std::string& kernel) {
+  for (const WeightGrad& row : kTable) {
+    if (kernel == row.kernel) return row;
+  }
+  throw std::runtime_error("kernel '" + kernel + "' has no weight gradient");
+}
+
+Tensor conv3x3_weight_grad_cpu(const Tensor& x, const Tensor& dy, const Tensor& weight, const std::string& kernel) {
+  check_map(x, "conv3x3_weight_grad: x");
+  check_map(dy, "conv3x3_weight_grad: dy");
+  WeightGradArgs a{};
+  a.type = dtype_of(x, "conv3x3_weight_grad: x");
+  a.n = x.size(0);
+  a.cin = x.size(1);
+  a.h = x.size(2);
+  a.w = x.size(3);
+  a.cout = dy.size(1);
+  STD_TORCH_CHECK(x.scalar_type() == dy.scalar_type() && dy.size(0) == a.n && dy.size(2) == a.h && dy.size(3) == a.w,
+                  "conv3x3_weight_grad: x and dy must have one dtype and one size, batch and pixels");
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == a.cout && weight.size(1) == a.cin && weight.size(2) == 3 &&
+                      weight.size(3) == 3,
+                  "conv3x3_weight_grad: weight must be [", a.cout, ", ", a.cin, ", 3, 3]");
+  STD_TORCH_CHECK(a.n > 0 && a.h > 0 && a.w > 0, "conv3x3_weight_grad: x has no pixels");
+  const DType type = dtype_of(weight, "conv3x3_weight_grad: weight");
+  STD_TORCH_CHECK(a.type != DType::f16 && type != DType::f16, "conv3x3_weight_grad: float32 and bfloat16 only");
+  a.x = static_cast<const char*>(x.const_data_ptr());
+  a.dy = static_cast<const char*>(dy.const_data_ptr());
+  const DType selected = a.type == DType::bf16 ? DType::bf16 : DType::f32;
+  const std::string name = find_microkernel(kernel, selected, Precision::highest, cpu_flags()).name;
+  const WeightGrad& method = weight_grad_of(name);
+  Tensor dw = empty_image(weight, a.cout, a.cin, 3, 3, suggests_channels_last(weight));
+  const std::string how = method_name(a, method);
+  // What overflows in a transform, and inf and NaN anywhere, would spread to where PyTorch has none.
+  const bool done = how == "amx"              ? run_amx(a, dw, type)
+                    : how != method.f32->name ? run_winograd(a, *method.f32, dw, type)
+                                              : false;
+  if (done) return dw;
+  run_direct(a, *method.f32, dw, type);
+  return dw;
+}
+
+std::string cpu_weight_grad(const std::string& kernel, const std::string& dtype, int64_t n, int64_t cin, int64_t cout,
+                            int64_t h, int64_t w) {
+  WeightGradArgs a{};
+  a.type = dtype == "bfloat16" ? DType::bf16 : DType::f32;
+  a.n = n;
+  a.cin = cin;
+  a.cout = cout;
+  a.h = h;
+  a.w = w;
+  return method_name(a, weight_grad_of(kernel));
+}
+
+}  // namespace vgg_fast
