@@ -99,6 +99,7 @@ class _Task:
     pool: bool
     channels_last: bool
     factor: Tensor | None  # [Cout], of a batch norm that is folded into the convolution
+    centred: bool = False  # whether batch statistics follow, which no bias can change
 
 
 def run_chain(
@@ -145,7 +146,7 @@ def run_chain(
         conv, bn = part.conv, part.bn
         if own_norm:
             assert isinstance(bn, nn.BatchNorm2d)
-            task = _Task(trainable, i, pack, kernel, dtype, False, False, True, None)
+            task = _Task(trainable, i, pack, kernel, dtype, False, False, True, None, part.run.batch)
             x = _Convolution.apply(x, conv.weight, conv.bias, task)
             x = _Normalisation.apply(x, bn.weight, bn.bias, *_statistics(bn), bn, relu, pool, inside)
         else:
@@ -262,7 +263,8 @@ class _Convolution(torch.autograd.Function):
         if wanted[1]:
             dw = _ops.conv3x3_weight_grad(x.contiguous(memory_format=_LAST), dz, weight, task.kernel)
         if wanted[2]:
-            db = dz.sum((0, 2, 3))
+            # Batch statistics take any bias away again, so that its gradient is 0; PyTorch's is the rounding around it.
+            db = dz.new_zeros(dz.shape[1]) if task.centred else dz.sum((0, 2, 3))
         return dx, dw, db, None
 
 

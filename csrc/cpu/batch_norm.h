@@ -46,6 +46,9 @@ struct Passes {
   PassFn moments;        // sums = mean over the unit, sum of squared distances from it
   PassFn gradient;       // out = dz
   PassFn gradient_sums;  // sums = sum of g, sum of g * (z - mean)
+  // to[c * to_row + r] = from[r * from_row + c] for all rows r and columns c, in fp32 or bf16.
+  void (*transpose)(const float* from, int64_t from_row, int64_t rows, int64_t columns, char* to, int64_t to_row,
+                    DType type);
 };
 
 // The best that `flags` can run. All give the same bits.

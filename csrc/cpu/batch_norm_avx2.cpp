@@ -8,11 +8,13 @@ namespace vgg_fast {
 namespace {
 
 #include "batch_norm.inl"
+#include "transpose.inl"
 
 }  // namespace
 
 const Passes kPassesAvx2{
-    "avx2", "avx2 fma f16c", pass_value_unit, pass_moments_unit, pass_gradient_either, pass_gradient_sums_unit};
+    "avx2",   "avx2 fma f16c", pass_value_unit, pass_moments_unit, pass_gradient_either, pass_gradient_sums_unit,
+    transpose};
 
 }  // namespace vgg_fast
 #endif

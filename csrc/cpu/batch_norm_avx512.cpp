@@ -8,6 +8,7 @@ namespace vgg_fast {
 namespace {
 
 #include "batch_norm.inl"
+#include "transpose.inl"
 
 }  // namespace
 
@@ -16,7 +17,8 @@ const Passes kPassesAvx512{"avx512",
                            pass_value_unit,
                            pass_moments_unit,
                            pass_gradient_either,
-                           pass_gradient_sums_unit};
+                           pass_gradient_sums_unit,
+                           transpose};
 
 }  // namespace vgg_fast
 #endif

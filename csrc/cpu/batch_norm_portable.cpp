@@ -7,10 +7,11 @@ namespace vgg_fast {
 namespace {
 
 #include "batch_norm.inl"
+#include "transpose.inl"
 
 }  // namespace
 
 const Passes kPassesPortable{
-    "portable", "", pass_value_unit, pass_moments_unit, pass_gradient_either, pass_gradient_sums_unit};
+    "portable", "", pass_value_unit, pass_moments_unit, pass_gradient_either, pass_gradient_sums_unit, transpose};
 
 }  // namespace vgg_fast

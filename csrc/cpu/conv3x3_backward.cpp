@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "batch_norm.h"
 #include "convert.h"
 #include "denormals.h"
 #include "torch_cpu.h"
@@ -74,43 +75,64 @@ struct Sums {
   int64_t bytes() const { return units() * block_floats() * int64_t{sizeof(float)}; }
 };
 
-void store_element(char* to, DType type, float value) {
-  if (type == DType::f32) {
-    std::memcpy(to, &value, 4);
-  } else {
-    const uint16_t bits = float_to_bf16(value);
-    std::memcpy(to, &bits, 2);
+// Writes dw block by block, and sees whether all of it is finite.
+class Writer {
+ public:
+  Writer(const Sums& sums, const WeightGradArgs& args, const Tensor& dw, DType type)
+      : s_(sums), a_(args), type_(type), passes_(select_passes(cpu_flags())), finite_(sums.blocks()) {
+    data_ = static_cast<char*>(dw.mutable_data_ptr());
+    for (int d = 0; d < 4; ++d) stride_[d] = dw.stride(d);
   }
-}
 
-// Adds up the slots, and writes dw. Returns whether all of it is finite.
-bool reduce(const Sums& s, const WeightGradArgs& a, float* sums, const Tensor& dw, DType type) {
-  char* data = static_cast<char*>(dw.mutable_data_ptr());
-  const int64_t size = element_size(type), step = s.blocks() * s.block_floats();
-  const int64_t strides[4] = {dw.stride(0) * size, dw.stride(1) * size, dw.stride(2) * size, dw.stride(3) * size};
-  std::vector<char> finite(s.blocks());
-  parallel(s.blocks(), [&](int64_t block) {
-    float* total = sums + block * s.block_floats();
-    float poison = 0.0f;  // 0 times what is not finite is NaN
-    for (int64_t i = 0; i < s.block_floats(); ++i) {
-      for (int64_t slot = 1; slot < s.slots; ++slot) total[i] += total[slot * step + i];
+  // dw[o][i][tap] of a block from its sums [i][tap][o].
+  void write(int64_t block, const float* sums) {
+    const int64_t in = block / s_.blocks_out * s_.block_in, out = block % s_.blocks_out * s_.block_out;
+    const int64_t rows = std::min(s_.block_in, a_.cin - in) * kTaps, outs = std::min(s_.block_out, a_.cout - out);
+    const int64_t pitch = s_.block_out, size = element_size(type_);
+    uint32_t largest = 0;
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t o = 0; o < outs; ++o) largest = std::max(largest, bits_of(sums[row * pitch + o]) & 0x7fffffffu);
     }
-    const int64_t in = block / s.blocks_out * s.block_in, out = block % s.blocks_out * s.block_out;
-    const int64_t ins = std::min(s.block_in, a.cin - in), outs = std::min(s.block_out, a.cout - out);
-    for (int64_t o = 0; o < outs; ++o) {
-      for (int64_t i = 0; i < ins; ++i) {
-        char* to = data + (out + o) * strides[0] + (in + i) * strides[1];
-        const float* from = total + i * s.block_out + o;
-        for (int64_t tap = 0; tap < kTaps; ++tap, from += s.block_in * s.block_out) {
-          poison += *from * 0.0f;
-          store_element(to + tap / 3 * strides[2] + tap % 3 * strides[3], type, *from);
-        }
+    finite_[block] = largest < 0x7f800000u;
+    char* to = data_ + (out * stride_[0] + in * stride_[1]) * size;
+    if (stride_[1] == kTaps && stride_[2] == 3 && stride_[3] == 1) {
+      // Some rows at a time, which stay in L1 while every o takes its part of a line.
+      constexpr int64_t kRows = 8 * kTaps;
+      for (int64_t r = 0; r < rows; r += kRows) {
+        passes_.transpose(sums + r * pitch, pitch, std::min(kRows, rows - r), outs, to + r * size, stride_[0], type_);
       }
+      return;
     }
-    finite[block] = poison == 0.0f;
-  });
-  return std::find(finite.begin(), finite.end(), 0) == finite.end();
-}
+    for (int64_t tap = 0; tap < kTaps; ++tap) {  // channels_last
+      char* first = to + (tap / 3 * stride_[2] + tap % 3 * stride_[3]) * size;
+      passes_.transpose(sums + tap * pitch, kTaps * pitch, rows / kTaps, outs, first, stride_[0], type_);
+    }
+  }
+
+  // The same for all blocks, from the sums of all slots.
+  void reduce(float* sums) {
+    const int64_t step = s_.blocks() * s_.block_floats();
+    parallel(s_.blocks(), [&](int64_t block) {
+      float* total = sums + block * s_.block_floats();
+      for (int64_t slot = 1; slot < s_.slots; ++slot) {
+        const float* more = total + slot * step;
+        for (int64_t i = 0; i < s_.block_floats(); ++i) total[i] += more[i];
+      }
+      write(block, total);
+    });
+  }
+
+  bool finite() const { return std::find(finite_.begin(), finite_.end(), 0) == finite_.end(); }
+
+ private:
+  const Sums& s_;
+  const WeightGradArgs& a_;
+  DType type_;
+  const Passes& passes_;
+  std::vector<char> finite_;
+  char* data_;
+  int64_t stride_[4];
+};
 
 bool by_winograd(const WeightGradArgs& a, const WeightGrad& method) {
   const int64_t tiles = ceil_div(a.h, kTile) * ceil_div(a.w, kTile);
@@ -126,7 +148,10 @@ bool run_winograd(const WeightGradArgs& a, const WeightGradF32& isa, const Tenso
   const int64_t fit = kBandBytes / (chunk_floats * int64_t{sizeof(float)});
   const int64_t band = std::min(chunks, std::clamp<int64_t>(fit, 1, kBandChunks));
   const Sums s(band, kWinogradBlock, kWinogradBlock, a);
-  const Buffer operands(band * chunk_floats * int64_t{sizeof(float)}, dw), sums(s.bytes(), dw);
+  // Sums that are complete when a unit is done need not be kept.
+  const bool at_once = chunks == 1;
+  const Buffer operands(band * chunk_floats * int64_t{sizeof(float)}, dw), sums(at_once ? 0 : s.bytes(), dw);
+  Writer writer(s, a, dw, type);
   const int64_t m_plane = kWinogradBlock * kWinogradBlock + kSkew;
   for (int64_t first = 0; first < chunks; first += band) {
     const int64_t count = std::min(band, chunks - first);
@@ -145,24 +170,34 @@ bool run_winograd(const WeightGradArgs& a, const WeightGradF32& isa, const Tenso
       const int64_t in = block / s.blocks_out * kWinogradBlock, out = block % s.blocks_out * kWinogradBlock;
       const int64_t ins = std::min(kWinogradBlock, a.cin - in), outs = std::min(kWinogradBlock, a.cout - out);
       const int64_t k = std::min(kChunkTiles, tiles - (first + chunk) * kChunkTiles);
-      float* m = scratch(kPlanes * m_plane);
+      float* m = scratch(kPlanes * m_plane + s.block_floats());
+      float* total = at_once ? m + kPlanes * m_plane : sums.floats() + unit * s.block_floats();
       for (int64_t xi = 0; xi < kPlanes; ++xi) {
         const float* v = operands.floats() + chunk * chunk_floats + xi * plane + in / kVector * block_floats;
         const float* w =
             operands.floats() + chunk * chunk_floats + xi * plane + (blocks_x + out / kVector) * block_floats;
+        // Each call fetches half a block of the next plane: they come from far away, and in pieces too short for the
+        // processor to foresee.
+        const int64_t half = block_floats / 2, halves = 2 * ins / kVector;
+        int64_t call = 0;
         for (int64_t o = 0; o < outs; o += 2 * kVector) {
-          for (int64_t i = 0; i < ins; i += isa.rows) {
+          for (int64_t i = 0; i < ins; i += isa.rows, ++call) {
+            const float* ahead = plane + (call < halves ? v + call * half : w + (call - halves) * half);
             isa.outer(v + i / kVector * block_floats + i % kVector, isa.rows, w + o / kVector * block_floats,
                       block_floats, (outs - o) / kVector, k, true, m + xi * m_plane + i * kWinogradBlock + o,
-                      kWinogradBlock);
+                      kWinogradBlock, ahead);
           }
         }
       }
-      isa.transform_back(m, m_plane, ins * kWinogradBlock / kVector, first == 0,
-                         sums.floats() + unit * s.block_floats(), kWinogradBlock * kWinogradBlock);
+      for (int64_t i = 0; i < ins; ++i) {
+        isa.transform_back(m + i * kWinogradBlock, m_plane, kWinogradBlock / kVector, first == 0,
+                           total + i * kTaps * kWinogradBlock, kWinogradBlock);
+      }
+      if (at_once) writer.write(block, total);
     });
   }
-  return reduce(s, a, sums.floats(), dw, type);
+  if (!at_once) writer.reduce(sums.floats());
+  return writer.finite();
 }
 
 void run_direct(const WeightGradArgs& a, const WeightGradF32& isa, const Tensor& dw, DType type) {
@@ -195,8 +230,8 @@ void run_direct(const WeightGradArgs& a, const WeightGradF32& isa, const Tensor&
         for (int64_t tap = 0; tap < kTaps; ++tap) {
           const float* v = x.floats() + in * plane + (row + tap / 3) * pitch + tap % 3 * kVector;
           for (int64_t i = 0; i < ins; i += isa.rows) {
-            isa.outer(v + i, ins - i, w, plane, outs, a.w, row == begin, m + (tap * kDirectIn + i) * kDirectOut,
-                      kDirectOut);
+            isa.outer(v + i, ins - i, w, plane, outs, a.w, row == begin, m + (i * kTaps + tap) * kDirectOut,
+                      kTaps * kDirectOut, v);
           }
         }
       }
@@ -204,7 +239,7 @@ void run_direct(const WeightGradArgs& a, const WeightGradF32& isa, const Tensor&
       for (int64_t i = 0; i < s.block_floats(); ++i) total[i] = image == 0 ? m[i] : total[i] + m[i];
     });
   }
-  reduce(s, a, sums.floats(), dw, type);
+  Writer(s, a, dw, type).reduce(sums.floats());
 }
 
 #if defined(__x86_64__)
@@ -213,7 +248,9 @@ bool run_amx(const WeightGradArgs& a, const Tensor& dw, DType type) {
   const int64_t chunks = a.n * plan.chunks();
   const int64_t blocks = ceil_div(a.cin, kAmxBlock) * ceil_div(a.cout, kAmxBlock);
   const Sums s(std::clamp(kAmxUnits / blocks, int64_t{1}, chunks), kAmxBlock, kAmxBlock, a);
-  const Buffer x(a.n * plan.x_image, dw), dy(a.n * plan.dy_image, dw), sums(s.bytes(), dw);
+  const bool at_once = s.slots == 1;
+  const Buffer x(a.n * plan.x_image, dw), dy(a.n * plan.dy_image, dw), sums(at_once ? 0 : s.bytes(), dw);
+  Writer writer(s, a, dw, type);
   const int64_t halves_x = s.blocks_in * 2, halves = halves_x + s.blocks_out * 2;
   parallel(a.n * halves, [&](int64_t unit) {
     const int64_t image = unit / halves, half = unit % halves, channel = half < halves_x ? half : half - halves_x;
@@ -227,11 +264,14 @@ bool run_amx(const WeightGradArgs& a, const Tensor& dw, DType type) {
   });
   parallel(s.units(), [&](int64_t unit) {
     const int64_t slot = unit / s.blocks(), block = unit % s.blocks();
+    float* total = at_once ? scratch(s.block_floats()) : sums.floats() + unit * s.block_floats();
     weight_grad_amx(plan, x.bytes() + block / s.blocks_out * kAmxBlock * plan.x_row_bytes,
                     dy.bytes() + block % s.blocks_out * 2 * plan.dy_block, slot * chunks / s.slots,
-                    (slot + 1) * chunks / s.slots, sums.floats() + unit * s.block_floats());
+                    (slot + 1) * chunks / s.slots, total);
+    if (at_once) writer.write(block, total);
   });
-  return reduce(s, a, sums.floats(), dw, type);
+  if (!at_once) writer.reduce(sums.floats());
+  return writer.finite();
 }
 #else
 bool run_amx(const WeightGradArgs&, const Tensor&, DType) { return false; }

@@ -6,7 +6,7 @@
 // (Winograd), cut into slots that depend on the shape alone. A slot's sums are added up in one order, and then the
 // slots in theirs: hence the same bits for any number of threads.
 //
-//   sums   [slot][i / block_in][o / block_out][9][block_in][block_out]     fp32
+//   sums   [slot][i / block_in][o / block_out][block_in][9][block_out]     fp32
 //            +- parallel ---------------------+
 #pragma once
 #include <string>
@@ -22,21 +22,24 @@ struct WeightGradArgs {
   int64_t n, h, w, cin, cout;
 };
 
+constexpr int64_t kAheadFloats = 8;
+
 // What an instruction set offers in fp32. Operands come in blocks of 16 channels: [block][k][16] with some distance
 // between the blocks.
 struct WeightGradF32 {
   const char* name;
   int64_t rows;  // most rows of x of one call of `outer`
-  // m[row][16 * blocks] (+)= sum over k of v[k][row] * w[k][...]: `rows` channels of x by one or two blocks of dy.
+  // m[row][16 * blocks] (+)= sum over k of v[k][row] * w[k][...]: `rows` channels of x by one or two blocks of dy. On
+  // the way it fetches kAheadFloats * count floats from `ahead` on into L2.
   void (*outer)(const float* v, int64_t rows, const float* w, int64_t w_block, int64_t blocks, int64_t count,
-                bool first, float* m, int64_t m_row);
+                bool first, float* m, int64_t m_row, const float* ahead);
   // Winograd F(3x3, 4x4), the transpose of the F(4x4, 3x3) of winograd.h:
   //   dg = G^T [ sum over tiles of (B^T d B) . (A dY A^T) ] G        d: 6x6 of x, dY: 4x4 of dy
   // Tiles [begin, end) of 16 channels from `channel` on, to [36 planes][tile][16]; null where there is no Winograd.
   void (*transform_x)(const WeightGradArgs& args, int64_t channel, int64_t begin, int64_t end, float* v, int64_t plane);
   void (*transform_dy)(const WeightGradArgs& args, int64_t channel, int64_t begin, int64_t end, float* w,
                        int64_t plane);
-  // `vectors` times 16 sums of each of the 36 planes to sums of the 9 taps, added to `out` unless first.
+  // `vectors` times 16 sums of each of the 36 planes to sums of the 9 taps, which are added to `out` unless first.
   void (*transform_back)(const float* m, int64_t plane, int64_t vectors, bool first, float* out, int64_t tap);
 };
 
@@ -76,7 +79,7 @@ void weight_grad_pack_x_amx(const WeightGradArgs& args, const WeightGradAmx& pla
                             char* x);
 void weight_grad_pack_dy_amx(const WeightGradArgs& args, const WeightGradAmx& plan, int64_t image, int64_t channel,
                              char* dy);
-// sums [9][32][32] of chunks [begin, end) of all images; chunk c is of image c / chunks().
+// sums [32][9][32] of chunks [begin, end) of all images; chunk c is of image c / chunks().
 void weight_grad_amx(const WeightGradAmx& plan, const char* x, const char* dy, int64_t begin, int64_t end, float* sums);
 
 }  // namespace vgg_fast

@@ -118,14 +118,14 @@ VGG_TARGET void weight_grad_amx(const WeightGradAmx& p, const char* x, const cha
                                 float* sums) {
   const TileConfig config;
   _tile_loadconfig(&config);
-  const int64_t x_half = kHalf * p.x_row_bytes, row = kSide * 4;
+  const int64_t x_half = kHalf * p.x_row_bytes, row = kTaps * kSide * 4;
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     const int64_t image = chunk / p.chunks(), first = chunk % p.chunks() * p.kChunk;
     const int64_t steps = std::min(p.kChunk, p.pixels - first) / kStep;
     const char* pixels = x + image * p.x_image + first * 2;
     const char* gradient = dy + image * p.dy_image + first * 32;
     for (int64_t tap = 0; tap < kTaps; ++tap) {
-      float* out = sums + tap * kSide * kSide;
+      float* out = sums + tap * kSide;
       if (chunk == begin) {
         _tile_zero(0);
         _tile_zero(1);
@@ -134,8 +134,8 @@ VGG_TARGET void weight_grad_amx(const WeightGradAmx& p, const char* x, const cha
       } else {
         _tile_loadd(0, out, row);
         _tile_loadd(1, out + kHalf, row);
-        _tile_loadd(2, out + kHalf * kSide, row);
-        _tile_loadd(3, out + kHalf * kSide + kHalf, row);
+        _tile_loadd(2, out + kHalf * kTaps * kSide, row);
+        _tile_loadd(3, out + kHalf * kTaps * kSide + kHalf, row);
       }
       const char* a = pixels + (tap / 3 * p.pitch + tap % 3) * 2;
       const char* b = gradient;
@@ -151,8 +151,8 @@ VGG_TARGET void weight_grad_amx(const WeightGradAmx& p, const char* x, const cha
       }
       _tile_stored(0, out, row);
       _tile_stored(1, out + kHalf, row);
-      _tile_stored(2, out + kHalf * kSide, row);
-      _tile_stored(3, out + kHalf * kSide + kHalf, row);
+      _tile_stored(2, out + kHalf * kTaps * kSide, row);
+      _tile_stored(3, out + kHalf * kTaps * kSide + kHalf, row);
     }
   }
   _tile_release();
