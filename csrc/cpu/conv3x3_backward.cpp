@@ -1,7 +1,13 @@
 // conv3x3_weight_grad: see vgg_fast/ops/conv3x3_weight_grad.py and weight_grad.h.
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
+#include <memory>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "batch_norm.h"
 #include "convert.h"
@@ -36,27 +42,38 @@ void parallel(int64_t units, const Body& body) {
   });
 }
 
-// A thread's own sums, kept between calls.
-float* scratch(int64_t floats) {
-  thread_local std::vector<float> buffer;
-  if (int64_t(buffer.size()) < floats + kWords) buffer.resize(floats + kWords);
-  const auto address = reinterpret_cast<uintptr_t>(buffer.data());
-  return reinterpret_cast<float*>((address + kLine - 1) / kLine * kLine);
+// Memory of this thread, kept between calls because fresh pages cost a fault each, and in huge pages where the system
+// has them: the 36 planes of a tile lie in as many small ones, more than the processor keeps track of.
+char* kept(int64_t which, int64_t bytes) {
+  constexpr int64_t kHugePage = 1 << 21;
+  struct Free {
+    void operator()(char* p) const { std::free(p); }
+  };
+  thread_local std::unique_ptr<char, Free> memory[4];
+  thread_local int64_t sizes[4] = {};
+  if (sizes[which] < bytes) {
+    memory[which].reset();
+    const int64_t size = ceil_div(bytes, kHugePage) * kHugePage;
+    memory[which].reset(static_cast<char*>(std::aligned_alloc(kHugePage, size)));
+    STD_TORCH_CHECK(memory[which] != nullptr, "conv3x3_weight_grad: no memory for a workspace of ", size, " bytes");
+#if defined(__linux__)
+    madvise(memory[which].get(), size, MADV_HUGEPAGE);
+#endif
+    sizes[which] = size;
+  }
+  return memory[which].get();
 }
 
-// Aligned memory that lives as long as this does.
+float* scratch(int64_t floats) { return reinterpret_cast<float*>(kept(0, floats * int64_t{sizeof(float)})); }
+
+// The calling thread's, by number.
 class Buffer {
  public:
-  Buffer(int64_t bytes, const Tensor& like)
-      : tensor_(torch::stable::empty({bytes + kLine}, ScalarType::Byte, std::nullopt, like.device())) {
-    const auto address = reinterpret_cast<uintptr_t>(tensor_.mutable_data_ptr());
-    data_ = reinterpret_cast<char*>((address + kLine - 1) / kLine * kLine);
-  }
+  Buffer(int64_t which, int64_t bytes) : data_(kept(which, bytes)) {}
   char* bytes() const { return data_; }
   float* floats() const { return reinterpret_cast<float*>(data_); }
 
  private:
-  Tensor tensor_;
   char* data_;
 };
 
@@ -150,7 +167,7 @@ bool run_winograd(const WeightGradArgs& a, const WeightGradF32& isa, const Tenso
   const Sums s(band, kWinogradBlock, kWinogradBlock, a);
   // Sums that are complete when a unit is done need not be kept.
   const bool at_once = chunks == 1;
-  const Buffer operands(band * chunk_floats * int64_t{sizeof(float)}, dw), sums(at_once ? 0 : s.bytes(), dw);
+  const Buffer operands(1, band * chunk_floats * int64_t{sizeof(float)}), sums(2, at_once ? 0 : s.bytes());
   Writer writer(s, a, dw, type);
   const int64_t m_plane = kWinogradBlock * kWinogradBlock + kSkew;
   for (int64_t first = 0; first < chunks; first += band) {
@@ -205,8 +222,7 @@ void run_direct(const WeightGradArgs& a, const WeightGradF32& isa, const Tensor&
   const int64_t size = element_size(a.type), pitch = (a.w + 2) * kVector, plane = (a.h + 2) * pitch;
   const int64_t rows = std::max(ceil_div(kDirectPixels, a.w), ceil_div(a.h, kDirectSlots));
   const Sums s(ceil_div(a.h, rows), kDirectIn, kDirectOut, a);
-  const Buffer x(map_bytes(s.blocks_in, a.h, a.w), dw), dy(map_bytes(2 * s.blocks_out, a.h, a.w), dw);
-  const Buffer sums(s.bytes(), dw);
+  const Buffer x(1, map_bytes(s.blocks_in, a.h, a.w)), dy(3, map_bytes(2 * s.blocks_out, a.h, a.w)), sums(2, s.bytes());
   for (int64_t image = 0; image < a.n; ++image) {
     const auto source = [&](const char* maps, int64_t c) {
       char* data = const_cast<char*>(maps) + image * a.h * a.w * c * size;
@@ -249,7 +265,7 @@ bool run_amx(const WeightGradArgs& a, const Tensor& dw, DType type) {
   const int64_t blocks = ceil_div(a.cin, kAmxBlock) * ceil_div(a.cout, kAmxBlock);
   const Sums s(std::clamp(kAmxUnits / blocks, int64_t{1}, chunks), kAmxBlock, kAmxBlock, a);
   const bool at_once = s.slots == 1;
-  const Buffer x(a.n * plan.x_image, dw), dy(a.n * plan.dy_image, dw), sums(at_once ? 0 : s.bytes(), dw);
+  const Buffer x(1, a.n * plan.x_image), dy(3, a.n * plan.dy_image), sums(2, at_once ? 0 : s.bytes());
   Writer writer(s, a, dw, type);
   const int64_t halves_x = s.blocks_in * 2, halves = halves_x + s.blocks_out * 2;
   parallel(a.n * halves, [&](int64_t unit) {

@@ -40,9 +40,9 @@ Tensor packed_weight(const Weight& plain, const MicroKernel& kernel, const Tenso
   const int64_t size = kernel.weight_words(plain.cout, plain.cin);
   const Tensor packed = torch::stable::empty({size}, ScalarType::Int, std::nullopt, like.device());
   uint32_t* words = static_cast<uint32_t*>(packed.mutable_data_ptr());
-  torch::stable::parallel_for(0, kernel.groups(plain.cout), 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, weight_units(plain, kernel), 1, [&](int64_t begin, int64_t end) {
     const FlushDenormals mode;
-    for (int64_t group = begin; group < end; ++group) pack_weight_group(plain, kernel, words, group);
+    for (int64_t unit = begin; unit < end; ++unit) pack_weight_unit(plain, kernel, words, unit);
   });
   return packed;
 }
