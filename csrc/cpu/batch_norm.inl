@@ -234,21 +234,26 @@ VGG_TARGET void moments_unit(const PassArgs& a, int64_t unit) {
   const char* first = a.z + (rows.image * a.h + rows.begin) * a.w * pixel;
   double* sums = a.sums + unit * 2 * a.c;
   for (int64_t c = 0; c < a.c; c += kColumns * kLanes) {
-    Vec sum[kColumns] = {}, mean[kColumns], squares[kColumns] = {};
+    Vec sum[kColumns] = {}, pivot[kColumns], rest[kColumns] = {}, squares[kColumns] = {};
     const char* z = first + c * kSize;
     for (int64_t p = 0; p < pixels; ++p, z += pixel)
       for (int i = 0; i < kColumns && c + i * kLanes < a.c; ++i)
         sum[i] += load<kType>(z + i * kLanes * kSize, a.c - c - i * kLanes);
-    for (int i = 0; i < kColumns; ++i) mean[i] = sum[i] / float(pixels);
+    for (int i = 0; i < kColumns; ++i) pivot[i] = sum[i] / float(pixels);
     z = first + c * kSize;
     for (int64_t p = 0; p < pixels; ++p, z += pixel) {
       for (int i = 0; i < kColumns && c + i * kLanes < a.c; ++i) {
-        const Vec distance = load<kType>(z + i * kLanes * kSize, a.c - c - i * kLanes) - mean[i];
+        const Vec distance = load<kType>(z + i * kLanes * kSize, a.c - c - i * kLanes) - pivot[i];
+        rest[i] += distance;
         squares[i] += distance * distance;
       }
     }
-    store_sums<kColumns>(sums + c, mean, a.c - c);
-    store_sums<kColumns>(sums + a.c + c, squares, a.c - c);
+    // The pivot is the mean but for its rounding, which the sum of what is left makes good.
+    for (int64_t l = 0; l < kColumns * kLanes && c + l < a.c; ++l) {
+      const double left = double{rest[l / kLanes][l % kLanes]};
+      sums[c + l] = double{pivot[l / kLanes][l % kLanes]} + left / double(pixels);
+      sums[a.c + c + l] = double{squares[l / kLanes][l % kLanes]} - left * left / double(pixels);
+    }
   }
 }
 
