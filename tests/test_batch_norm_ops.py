@@ -1,4 +1,4 @@
-"""``bn_relu_pool``, its gradient and the sums for it: every instruction set, against plain PyTorch, exact on integers."""
+"""``bn_relu_pool``, its gradient and the sums for it: every instruction set, exact on integers."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ LAYERS = [
     {"library", "kernels"},
     {"selection"},
     {"ops"},
-    {"chains", "packs", "training", "sequential", "accelerate", "explain"},
+    {"chains", "packs", "gradients", "training", "sequential", "accelerate", "explain"},
     {"models", "summary", "weights", "keras_files", "convert"},
     {"verify", "measure", "peers", "contest", "roofline"},
     {"plots", "report"},

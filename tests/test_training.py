@@ -198,7 +198,7 @@ def test_empty_batches_and_hooks_run_child_by_child():
     plain = network(bn=False)
     fused = fused_copy(plain)
     x = torch.zeros(0, 3, 8, 8)
-    y, grads, segments = gradients(fused, x)
+    _, grads, segments = gradients(fused, x)
     assert fused_names(segments) == []
     assert all(not g.any() for g in grads)
     shapes: list[torch.Size] = []

@@ -76,8 +76,9 @@ def test_integers_bit_for_bit_and_random_values_within_bounds(kernel, dtype):
         testing.assert_within(dw, testing.weight_grad(x.double(), dy.double()), bound, f"{kernel} {name} {how}")
     direct = {m for m in methods if "winograd" not in m}
     assert len(direct) == 1
-    assert len(methods) == (2 if dtype is torch.float32 and method(kernel, *operands("block", dtype)[:2]) not in direct
-                            else 1)
+    assert len(methods) == (
+        2 if dtype is torch.float32 and method(kernel, *operands("block", dtype)[:2]) not in direct else 1
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -110,7 +111,9 @@ def test_same_bits_for_any_number_of_threads(kernel):
     testing.assert_within(results[0], testing.weight_grad(x.double(), dy.double()), bound, kernel)
 
 
-@pytest.mark.parametrize("kernel", [k for k in KERNELS if k in ("amx_bf16", "avx512_winograd_f32", "avx2_winograd_f32")])
+@pytest.mark.parametrize(
+    "kernel", [k for k in KERNELS if k in ("amx_bf16", "avx512_winograd_f32", "avx2_winograd_f32")]
+)
 def test_infinities_do_not_spread_and_large_values_do_not_overflow(kernel):
     dtype = torch.bfloat16 if kernel == "amx_bf16" else torch.float32
     x, dy, weight = operands("block", dtype, integers=True)

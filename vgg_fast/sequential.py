@@ -45,7 +45,8 @@ class FusedSequential(nn.Sequential):
     """An ``nn.Sequential`` that runs chains of 3x3 convolution, batch norm, ReLU and 2x2 max-pool as one op.
 
     Children, names, parameters, hooks, slicing, copying and pickling are those of ``nn.Sequential``. Fused are, in
-    evaluation without gradients, fp32, bf16 and fp16 tensors ``[N, C, H, W]`` of any memory format; all else runs
+    evaluation without gradients, fp32, bf16 and fp16 tensors ``[N, C, H, W]`` of any memory format, and on the CPU
+    fp32 and bf16 ones under gradients and in training mode as well (:mod:`vgg_fast.training`); all else runs
     child by child. :func:`vgg_fast.explain` says what ran how. Errors are those of the children; a backend that was
     named explicitly and cannot run raises RuntimeError with the reasons.
 

@@ -56,7 +56,7 @@ def _fake_sums(dy: Tensor, z: Tensor, affine: Tensor, mean: Tensor, relu: bool, 
 def _fake_gradient(
     dy: Tensor, z: Tensor, affine: Tensor, factor: Tensor, centre: Tensor | None, relu: bool, pool: bool
 ) -> Tensor:
-    return empty_image(z, *z.shape[1:], channels_last=True)
+    return empty_image(z, z.shape[1], z.shape[2], z.shape[3], channels_last=True)
 
 
 def _before_pool(z: Tensor, affine: Tensor, relu: bool) -> Tensor:

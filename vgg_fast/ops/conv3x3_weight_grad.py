@@ -24,7 +24,7 @@ define(
 
 @register_fake("vgg_fast::conv3x3_weight_grad")
 def _fake(x: Tensor, dy: Tensor, weight: Tensor, kernel: str) -> Tensor:
-    return empty_image(weight, *weight.shape[1:], suggests_channels_last(weight))
+    return empty_image(weight, weight.shape[1], 3, 3, suggests_channels_last(weight))
 
 
 def _python(x: Tensor, dy: Tensor, weight: Tensor, kernel: str) -> Tensor:
