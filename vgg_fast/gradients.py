@@ -69,20 +69,29 @@ def _identity(channels: int) -> Tensor:
 
 
 class Convolution(torch.autograd.Function):
-    """``pool(relu(conv(x) * scale + shift))``; saves x for the weight, and the value before the pool."""
+    """``pool(relu(conv(x) * scale + shift))``; saves x for the weight, and the value before the pool.
+
+    That value comes in a list of one where the whole chain was computed at once.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, task: Task) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, task: Task, value: list[Tensor | None]
+    ) -> Tensor:
         last = task.channels_last or task.pool
         step = Step.RELU if task.relu else Step.NONE
-        before = _ops.conv_stack(x, [task.pack.weight], [task.pack.affine], [step], task.kernel, last)
+        before = value.pop()
+        if before is None:
+            before = _ops.conv_stack(x, [task.pack.weight], [task.pack.affine], [step], task.kernel, last)
+        elif not last:
+            before = before.contiguous()
         y = before
         if task.pool:
             y = _ops.bn_relu_pool(before, _identity(before.shape[1]), False, True)
             if not task.channels_last:
                 y = y.contiguous()
         ctx.task, ctx.shape, ctx.format = task, x.shape, suggests_channels_last(x)
-        wants_x, wants_weight, _, _ = ctx.needs_input_grad
+        wants_x, wants_weight, *_ = ctx.needs_input_grad
         ctx.save_for_backward(
             x if wants_weight else None,
             weight if wants_x or wants_weight else None,
@@ -96,7 +105,7 @@ class Convolution(torch.autograd.Function):
         x, weight, before = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
-            return (*_differentiable_convolution(ctx, grad, x, weight, before, wanted), None)
+            return (*_differentiable_convolution(ctx, grad, x, weight, before, wanted), None, None)
         dz = grad.contiguous(memory_format=_LAST)
         if before is not None:
             before = before.contiguous(memory_format=_LAST)
@@ -115,7 +124,7 @@ class Convolution(torch.autograd.Function):
         if wanted[2]:
             # Batch statistics take any bias away again, so that its gradient is 0; PyTorch's is the rounding around it.
             db = dz.new_zeros(dz.shape[1]) if task.centred else dz.sum((0, 2, 3))
-        return dx, dw, db, None
+        return dx, dw, db, None, None
 
 
 def _differentiable_convolution(

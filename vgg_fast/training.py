@@ -100,6 +100,7 @@ def run_chain(
         trainable.chain, suggests_channels_last(x), suggest, size, [pack.cout for pack in packs]
     )
     x = x.to(dtype)
+    befores = [None] * len(packs) if any(separate) else _values(trainable.chain, packs, x, kernel)
     for i, (part, own_norm, pack) in enumerate(zip(trainable.parts, separate, packs, strict=True)):
         inside = last if i + 1 == len(packs) else True
         relu, pool = part.run.relu is not None, part.run.pool is not None
@@ -107,13 +108,25 @@ def run_chain(
         if own_norm:
             assert isinstance(bn, nn.BatchNorm2d)
             task = Task(trainable.transposed, i, pack, kernel, dtype, False, False, True, None, part.run.batch)
-            x = Convolution.apply(x, conv.weight, conv.bias, task)
+            x = Convolution.apply(x, conv.weight, conv.bias, task, [None])
             x = Normalisation.apply(x, bn.weight, bn.bias, *normalises_with(bn), bn, relu, pool, inside)
         else:
             factor = None if bn is None else _factor(bn)
             task = Task(trainable.transposed, i, pack, kernel, dtype, relu, pool, inside, factor)
-            x = Convolution.apply(x, conv.weight, conv.bias, task)
+            x = Convolution.apply(x, conv.weight, conv.bias, task, [befores[i]])
+            befores[i] = None
     return x
+
+
+def _values(chain: Chain, packs: list[Packed], x: Tensor, kernel: str) -> list[Tensor | None]:
+    """Of every run the value before its pool, computed in one call: nothing is packed again between the layers."""
+    program: list[int] = [step | Step.TAP for step in chain.program]
+    if not chain.program[-1] & Step.POOL:
+        program[-1] = chain.program[-1]  # the result itself
+    weights, affines = [pack.weight for pack in packs], [pack.affine for pack in packs]
+    with torch.no_grad():
+        values = torch.ops.vgg_fast.conv_stack_taps.default(x, weights, affines, program, kernel, True)
+    return values[: len(packs)]
 
 
 def _packs(
