@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test sanitize lint format bench clean
+.PHONY: demo test gpu-sim sanitize lint format bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vgg-fast demo
@@ -12,10 +12,14 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest tests
 
+# A whole VGG16 forward on the virtual GPU (tests/virtual_gpu), every layer checked; the tests run small shapes of it.
+gpu-sim: $(VENV)/.installed
+	$(BIN)/python -m tests.virtual_gpu.vgg16
+
 # The library once more, in a folder of its own, built to stop at the first wrong access or undefined operation, under
 # the tests that call it most directly; then csrc/cpu under ThreadSanitizer (its tests are in test_sanitize.py). The other
 # tests add Python around the same calls, and processes that do not inherit the sanitizer. Needs gcc's sanitizers.
-SANITIZED := $(addprefix tests/test_,sanitize.py guard_pages.py conv3x3.py winograd.py ops.py denormals.py properties.py sizes.py concurrency.py)
+SANITIZED := $(addprefix tests/test_,sanitize.py guard_pages.py conv3x3.py winograd.py ops.py linear.py denormals.py properties.py sizes.py concurrency.py)
 # For these two commands only: exported to the target, it would also reach the ordinary installation it depends on.
 SANITIZE := VGG_FAST_SANITIZE=address,undefined VGG_FAST_CUDA=0
 SANITIZER = $(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))

@@ -1,7 +1,8 @@
 """vgg-fast against PyTorch, torch.compile, ONNX Runtime and OpenVINO, in one process, in turns, answers checked first.
 
-    python -m benchmarks.peers [--isa avx2|avx512|amx] [--dtype fp32,high,bf16] [--batch 1,8] [--part features,model]
-                               [--layers] [--perceptual] [--train] [--csv FILE] [--report FILE]
+    python -m benchmarks.peers [--isa avx2|avx512|amx] [--dtype fp32,high,bf16] [--batch 1,8]
+                               [--part features,model,scaling] [--layers] [--perceptual] [--train]
+                               [--csv FILE] [--report FILE]
 
 Needs ``pip install 'vgg-fast[peers]'``; whoever is not installed is left out, with the reason printed.
 """
@@ -20,6 +21,7 @@ import typer
 
 if TYPE_CHECKING:
     from vgg_fast.contest import Contest
+    from vgg_fast.scaling import Scaling
 
 # PyTorch's setting of fp32 that belongs to each name; "high" allows three bf16 products in place of one in fp32.
 PRECISIONS = {
@@ -38,21 +40,24 @@ def problems(
     kinds: dict[str, bool],
     options: dict[str, Any],
     engines: Callable[[], dict[str, Any]],
-) -> Iterator[tuple[str, Callable[[], Contest]]]:
+) -> Iterator[tuple[str, Callable[[], Contest | Scaling]]]:
     """(what it is called, how to make it) of all that was asked for; PyTorch's precision is set as it is consumed."""
     import torch
 
     from benchmarks import steps
-    from vgg_fast import contest, peers
+    from vgg_fast import contest, peers, scaling
 
     for name in names:
         dtype, setting = getattr(torch, PRECISIONS[name][0]), PRECISIONS[name][1]
         torch.set_float32_matmul_precision(setting)
+        if kinds["scaling"]:
+            sizes = sorted(batches) if len(batches) > 1 else list(scaling.BATCHES)
+            yield f"scaling {size}, {name}", partial(scaling.features, dtype, sizes, size)
         for batch in batches:
             where = f"{name}, batch {batch}"
             for part in ("features", "model"):
                 if kinds[part]:
-                    make = partial(getattr(contest, part), dtype, batch, size, engines(), **options)
+                    make = partial(getattr(contest, part), dtype, batch, size, engines=engines(), **options)
                     yield f"{part} {size}, {where}", make
             if kinds["perceptual"]:
                 yield f"perceptual step {size}, {where}", partial(steps.perceptual, dtype, batch, size)
@@ -75,7 +80,9 @@ def main(
     isa: Annotated[str, typer.Option(help="Cap every contestant alike: avx2, avx512 or amx.")] = "",
     dtype: Annotated[str, typer.Option(help="fp32, high (fp32 at PyTorch's 'high'), bf16, fp16.")] = "fp32,bf16",
     batch: Annotated[str, typer.Option(help="Batch size, or several with commas.")] = "1",
-    part: Annotated[str, typer.Option(help="features, model (with the dense layers), none.")] = "features",
+    part: Annotated[
+        str, typer.Option(help="features, model (with the dense layers), scaling (threads, batches), none.")
+    ] = "features",
     size: Annotated[int, typer.Option(min=32, help="Height and width of the images.")] = 224,
     layers: Annotated[bool, typer.Option(help="Each convolution by itself, at 224x224.")] = True,
     perceptual: Annotated[bool, typer.Option("--perceptual", help="Features twice and the gradient in x.")] = False,
@@ -89,12 +96,12 @@ def main(
 ) -> None:
     """vgg-fast and its peers in one process, in turns; writes a CSV and an HTML report."""
     names = _choices(dtype, tuple(PRECISIONS), "--dtype")
-    parts = _choices(part, ("features", "model", "none"), "--part")
+    parts = _choices(part, ("features", "model", "none", "scaling"), "--part")
     if not all(b.strip().isdigit() and int(b) for b in batch.split(",")):
         raise typer.BadParameter(f"whole numbers from 1, separated by commas, not {batch!r}", param_hint="--batch")
     batches = [int(b) for b in batch.split(",")]
     _cap(_choices(isa, CAPS, "--isa")[0] if isa else None)
-    kinds = {"features": "features" in parts, "model": "model" in parts}
+    kinds = {name: name in parts for name in ("features", "model", "scaling")}
     kinds |= {"perceptual": perceptual, "train": train, "layers": layers}
     _run(names, batches, size, kinds, compile, threads, rounds, budget, isa or None, csv, report)
 
@@ -134,7 +141,7 @@ def _run(
     import torch
 
     from benchmarks import engines
-    from vgg_fast import contest, measure, peers, plots, report, roofline
+    from vgg_fast import contest, measure, peers, plots, report, roofline, scaling
 
     if threads:
         torch.set_num_threads(threads)
@@ -166,6 +173,8 @@ def _run(
             left_out.append((who, what, why))
             print(f"  left out: {who}: {why}", flush=True)
         rows += (new := each.rows(each.time(rounds, budget)))
+        for summary in scaling.summaries(new):
+            print(f"  {summary}", flush=True)
         for row in new:
             ratio = "" if row["contestant"] == peers.OURS else f"  ratio {row['ratio_of_ours']:.2f}"
             times = f"{row['median_ms_per_image']:9.2f} ({row['min_ms_per_image']:.2f}) ms"

@@ -35,6 +35,19 @@ std::string cpu_kernels() {
   return names;
 }
 
+std::string cpu_linear_select(const std::string& dtype, const std::string& precision, const std::string& kernel,
+                              const std::string& flags) {
+  return find_linear_kernel(kernel, dtype_named(dtype), precision_named(precision), flags).name;
+}
+
+std::string cpu_linear_kernels() {
+  std::string names;
+  for (const LinearKernel* k = linear_kernels_begin(); k != linear_kernels_end(); ++k) {
+    names += std::string(names.empty() ? "" : " ") + k->name;
+  }
+  return names;
+}
+
 std::string cpu_flags_op() { return cpu_flags(); }
 
 int64_t cpu_packed_words(int64_t cout, int64_t cin, const std::string& kernel) {
@@ -58,6 +71,8 @@ STABLE_TORCH_LIBRARY_IMPL(vgg_fast, CPU, m) {
   m.impl("batch_moments", TORCH_BOX(&vgg_fast::batch_moments_cpu));
   m.impl("bn_relu_pool_sums", TORCH_BOX(&vgg_fast::bn_relu_pool_sums_cpu));
   m.impl("bn_relu_pool_backward", TORCH_BOX(&vgg_fast::bn_relu_pool_backward_cpu));
+  m.impl("linear", TORCH_BOX(&vgg_fast::linear_cpu));
+  m.impl("linear_pack", TORCH_BOX(&vgg_fast::linear_pack_cpu));
   m.impl("conv_stack_taps", TORCH_BOX(&vgg_fast::conv_stack_taps_cpu));
   m.impl("fingerprint", TORCH_BOX(&vgg_fast::fingerprint_cpu));
 }
@@ -65,6 +80,8 @@ STABLE_TORCH_LIBRARY_IMPL(vgg_fast, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(vgg_fast, CompositeExplicitAutograd, m) {
   m.impl("cpu_select", TORCH_BOX(&vgg_fast::cpu_select));
   m.impl("cpu_kernels", TORCH_BOX(&vgg_fast::cpu_kernels));
+  m.impl("cpu_linear_select", TORCH_BOX(&vgg_fast::cpu_linear_select));
+  m.impl("cpu_linear_kernels", TORCH_BOX(&vgg_fast::cpu_linear_kernels));
   m.impl("cpu_packed_words", TORCH_BOX(&vgg_fast::cpu_packed_words));
   m.impl("cpu_passes", TORCH_BOX(&vgg_fast::cpu_passes));
   m.impl("cpu_weight_grad", TORCH_BOX(&vgg_fast::cpu_weight_grad));

@@ -66,6 +66,9 @@ struct Conv3x3Args {
   int64_t taps;        // 9; 1 when x holds the 3x3 neighbourhoods themselves (im2col)
   bool relu, pool;
   DType round_to;  // precision of the result
+  // What this thread reads next: lines that a kernel may fetch into L2 while it computes.
+  const char* next;
+  int64_t next_lines;
 };
 
 // Convolution rows [row_begin, row_end) of one group of output channels; row_begin is even when pooling.
@@ -81,7 +84,6 @@ using WinogradRunFn = void (*)(const Conv3x3Args& args, const WinogradPlan& plan
 
 struct MicroKernel {
   const char* name;
-  const char* cap;    // the VGG_FAST_ISA level that admits it: portable, avx2, avx512, amx
   const char* flags;  // CPU flags it needs, separated by blanks
   DType compute;      // type of the words: f32, or bf16 pairs
   int64_t parts;      // bf16 values per fp32 value: 2 for three products, 3 for six

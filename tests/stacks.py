@@ -7,7 +7,13 @@ bit for bit: |x| <= 4, |w| <= 1, scales of 1/2 and 1, at most 72 products in a s
 from __future__ import annotations
 
 import copy
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +22,7 @@ from vgg_fast.accelerate import accelerate
 from vgg_fast.sequential import Segment, record
 
 CPU = torch.device("cpu")
+T = TypeVar("T")
 EPS = 2.0**-10  # training wants one above 0; 4 - EPS + EPS is exact
 
 
@@ -24,6 +31,46 @@ def kernel(dtype: torch.dtype = torch.float32) -> str:
     name = selection.choose(dtype, CPU)
     assert name != selection.REFERENCE, selection.why_reference(dtype, CPU)
     return name
+
+
+def runnable(kernel: str) -> torch.dtype:
+    """The kernel's own dtype, or a skip that says what this machine lacks."""
+    dtype = torch.bfloat16 if kernel.endswith("bf16") else torch.float32
+    try:
+        selection.select(selection.problem_on(dtype, CPU), kernel)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    return dtype
+
+
+def at_once(*calls: Callable[[], T]) -> list[T]:
+    """The results of these calls, each in a thread of its own, all starting at the same moment."""
+    barrier = threading.Barrier(len(calls))
+
+    def wait_and_call(call: Callable[[], T]) -> T:
+        barrier.wait()
+        return call()
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return [f.result(timeout=60) for f in [pool.submit(wait_and_call, call) for call in calls]]
+
+
+def ratios(calls: dict[str, tuple[Callable[[], object], Callable[[], object]]]) -> dict[str, float]:
+    """How much longer the first call of each pair takes than the second, by the least time of each.
+
+    All calls take turns, for as many rounds as a busy machine needs: noise only ever adds to a time, so more rounds
+    bring a ratio of 1 closer to 1, while a ratio of 100 stays what it is.
+    """
+    best = {name: [float("inf")] * 2 for name in calls}
+    for _ in range(300):
+        for name, pair in calls.items():
+            for i, call in enumerate(pair):
+                start = time.perf_counter()
+                call()
+                best[name][i] = min(best[name][i], time.perf_counter() - start)
+        if all(denormal < 1.2 * normal for denormal, normal in best.values()):
+            break
+    return {name: denormal / normal for name, (denormal, normal) in best.items()}
 
 
 def direct_kernel() -> str:

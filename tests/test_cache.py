@@ -323,10 +323,10 @@ def test_the_cache_packs_once():
     fused = fused_copy(stack(bn=True))
     follows(fused)
     state = packed(fused)
-    weights = next(iter(state._packs.values())).weights
+    weights = next(iter(state)).content.weights
     for size in ((2, 3, 12, 10), (1, 3, 8, 8), (5, 3, 4, 4)):
         run(fused, image(*size))
-    assert next(iter(state._packs.values())).weights is weights
+    assert next(iter(state)).content.weights is weights
     assert len(state) == 1
 
 
@@ -344,7 +344,7 @@ def test_the_cache_is_bounded_when_programs_and_dtypes_alternate(fused):
 
 def test_alternating_between_two_programs_does_not_pack_again(fused):
     def weights() -> set[int]:
-        return {id(p.weights) for p in packed(fused)._packs.values()}
+        return {id(p.content.weights) for p in packed(fused)}
 
     def both_ways() -> None:
         handle = fused[3].register_forward_hook(lambda *_: None)
@@ -361,13 +361,13 @@ def test_alternating_between_two_programs_does_not_pack_again(fused):
 def test_replaced_weights_and_dropped_models_are_freed():
     fused = fused_copy(stack(bn=True))
     follows(fused)
-    packs = [weakref.ref(t) for p in packed(fused)._packs.values() for t in p.weights]
+    packs = [weakref.ref(t) for p in packed(fused) for t in p.content.weights]
     assert all(ref() is not None for ref in packs)
     fused[0].weight.data.mul_(2.0)
     follows(fused)
     gc.collect()
     assert all(ref() is None for ref in packs)
-    packs = [weakref.ref(t) for p in packed(fused)._packs.values() for t in p.weights]
+    packs = [weakref.ref(t) for p in packed(fused) for t in p.content.weights]
     fused.to(torch.float64)
     gc.collect()
     assert all(ref() is None for ref in packs)
@@ -376,10 +376,10 @@ def test_replaced_weights_and_dropped_models_are_freed():
 def test_a_normalisation_of_another_layer_does_not_matter():
     model = accelerate(nn.Sequential(conv(3, 8), norm(8), nn.ReLU(), nn.Tanh(), conv(8, 8), norm(8)))
     follows(model)
-    kept = {key: p.weights for key, p in packed(model)._packs.items()}
+    kept = [p.content.weights for p in packed(model)]
     model[5].weight.data.mul_(2.0)
     follows(model)
-    same = [key for key, p in packed(model)._packs.items() if kept.get(key) is p.weights]
+    same = [p for p in packed(model) if any(p.content.weights is weights for weights in kept)]
     assert len(kept) == 2
     assert len(same) == 1
 

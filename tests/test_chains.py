@@ -6,10 +6,14 @@ import pytest
 from stacks import changed, conv, norm
 from torch import nn
 
-from vgg_fast.chains import Chain, Plain, child_reason, parse
+from vgg_fast.chains import Chain, LinearChain, Plain, child_reason, parse
 from vgg_fast.reference import Step
 
 RELU, POOL = Step.RELU, Step.POOL
+
+
+def off(module: nn.Module) -> nn.Module:
+    return module.eval()
 
 
 def programs(modules: list[nn.Module]) -> list[list[int] | None]:
@@ -36,6 +40,33 @@ def test_parse(modules, expected):
     assert programs(modules) == expected
     covered = [i for p in parse(modules) for i in (range(p.start, p.stop) if isinstance(p, Chain) else [p.index])]
     assert covered == list(range(len(modules)))
+
+
+@pytest.mark.parametrize(
+    ("modules", "expected"),
+    [
+        ([nn.Linear(3, 8)], [(0, 1, [False])]),
+        ([nn.Linear(3, 8), nn.ReLU(), off(nn.Dropout()), nn.Linear(8, 4)], [(0, 4, [True, False])]),
+        ([nn.Linear(3, 8), off(nn.Dropout()), nn.ReLU(True)], [(0, 2, [False]), None]),
+        ([off(nn.Dropout()), nn.Linear(3, 8)], [None, (1, 2, [False])]),
+        ([nn.Linear(3, 8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 4)], [(0, 2, [True]), None, (3, 4, [False])]),
+        ([nn.ReLU(True), nn.Linear(3, 8)], [None, (1, 2, [False])]),
+        ([nn.Linear(3, 8), nn.Sigmoid(), nn.Linear(8, 4)], [(0, 1, [False]), None, (2, 3, [False])]),
+        ([nn.Linear(3, 8), norm(8)], [(0, 1, [False]), None]),
+    ],
+)
+def test_parse_of_fully_connected_layers(modules, expected):
+    def described(part: object) -> object:
+        if not isinstance(part, LinearChain):
+            return None
+        return part.start, part.stop, [run.relu is not None for run in part.runs]
+
+    assert [described(part) for part in parse(modules)] == expected
+
+
+def test_convolutions_and_fully_connected_layers_are_chains_of_their_own():
+    kinds = [type(part) for part in parse([conv(3, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), conv(3, 8)])]
+    assert kinds == [Chain, LinearChain, Chain]
 
 
 class OwnConv(nn.Conv2d):
@@ -83,6 +114,13 @@ ODD = [
     (changed(nn.MaxPool2d(2), kernel_size=[2, 2]), "kernel_size=[2, 2]"),  # could change without being replaced
     (nn.AvgPool2d(2), "AvgPool2d is not a type that is fused"),
     (nn.LeakyReLU(), "LeakyReLU is not a type that is fused"),
+    (nn.Dropout(), "training mode"),
+    (off(changed(nn.Dropout(), p=1.5)), "p=1.5"),
+    (off(nn.Dropout2d()), "Dropout2d is not a type that is fused"),
+    (nn.Bilinear(3, 3, 8), "Bilinear is not a type that is fused"),
+    (nn.LazyLinear(8), "LazyLinear is not a type that is fused"),
+    (nn.utils.parametrizations.weight_norm(nn.Linear(3, 8)), "ParametrizedLinear is not a type that is fused"),
+    (with_instance_method(nn.Linear(3, 8), "forward"), "'forward' was replaced on this instance"),
     (nn.ReLU6(), "ReLU6 is not a type that is fused"),
 ]
 

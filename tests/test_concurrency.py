@@ -8,10 +8,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from stacks import at_once
 from torch.utils.data import DataLoader, Dataset
 
 from vgg_fast import reference, selection, testing
@@ -49,18 +49,6 @@ class Problem:
 
     def is_right(self) -> bool:
         return torch.equal(self.answer(), self.expected)
-
-
-def at_once(*calls):
-    """The results of these calls, each in a thread of its own, all starting at the same moment."""
-    barrier = threading.Barrier(len(calls))
-
-    def wait_and_call(call):
-        barrier.wait()
-        return call()
-
-    with ThreadPoolExecutor(len(calls)) as pool:
-        return [f.result(timeout=60) for f in [pool.submit(wait_and_call, call) for call in calls]]
 
 
 def test_threads_with_different_shapes_and_kernels():

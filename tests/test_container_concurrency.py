@@ -7,13 +7,12 @@ import os
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import stacks
 import torch
-from stacks import fused_copy, fused_names, image, kernel, run, stack
+from stacks import at_once, fused_copy, fused_names, image, kernel, run, stack
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
@@ -27,25 +26,13 @@ forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot f
 # --- threads --------------------------------------------------------------------------------------------------------
 
 
-def all_at_once(*calls):
-    """The results of these calls, each in its own thread, all starting at the same moment."""
-    barrier = threading.Barrier(len(calls))
-
-    def wait_and_call(call):
-        barrier.wait()
-        return call()
-
-    with ThreadPoolExecutor(len(calls)) as pool:
-        return [f.result(timeout=60) for f in [pool.submit(wait_and_call, call) for call in calls]]
-
-
 def test_the_first_call_comes_from_many_threads():
     plain = stack(bn=True)
     expected, _ = run(plain, image())
     for _ in range(10):
         fused = fused_copy(plain)
         with torch.no_grad(), stacks.record() as segments:
-            outputs = all_at_once(*[torch.no_grad()(lambda m=fused: m(image()))] * 8)
+            outputs = at_once(*[torch.no_grad()(lambda m=fused: m(image()))] * 8)
         assert all(torch.equal(out, expected) for out in outputs)
         assert [s.kernel for s in segments] == [kernel()] * 8
         assert len(fused.__dict__[_STATE].packs) == 1
@@ -61,7 +48,7 @@ def test_threads_with_different_programs_of_one_model():
                 out = fused[:n](image())
         return out
 
-    for out, wanted in zip(all_at_once(*[lambda n=n: call(n) for n in (2, 5, 8)]), expected, strict=True):
+    for out, wanted in zip(at_once(*[lambda n=n: call(n) for n in (2, 5, 8)]), expected, strict=True):
         assert torch.equal(out, wanted)
 
 
@@ -76,7 +63,7 @@ def test_threads_in_different_autocast_states():
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             return all(torch.equal(fused(image()), wanted) for _ in range(30))
 
-    assert all(all_at_once(*[lambda a=a: call(a) for a in (True, False, True, False)]))
+    assert all(at_once(*[lambda a=a: call(a) for a in (True, False, True, False)]))
 
 
 def test_refresh_in_one_thread_while_others_run():
@@ -96,7 +83,7 @@ def test_refresh_in_one_thread_while_others_run():
     background = threading.Thread(target=forget)
     background.start()
     try:
-        assert all(all_at_once(call, call, call))
+        assert all(at_once(call, call, call))
     finally:
         done.set()
         background.join()

@@ -3,45 +3,17 @@ denormals of fp16, which are normal in fp32, lose nothing."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import pytest
 import torch
+from stacks import ratios, runnable
 
 from vgg_fast import reference, selection, testing
 
 ops = torch.ops.vgg_fast
 KERNELS = selection.cpu_kernels()
 FP16_KERNELS = [kernel for kernel in KERNELS if not kernel.endswith("bf16") and "winograd" not in kernel]
-
-
-def runnable(kernel: str) -> torch.dtype:
-    """The kernel's own dtype, or a skip that says what this machine lacks."""
-    dtype = torch.bfloat16 if kernel.endswith("bf16") else torch.float32
-    try:
-        selection.select(selection.problem_on(dtype, torch.device("cpu")), kernel)
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    return dtype
-
-
-def ratios(calls: dict[str, tuple[Callable[[], object], Callable[[], object]]]) -> dict[str, float]:
-    """How much longer the first call of each pair takes than the second, by the least time of each.
-
-    All calls take turns, for as many rounds as a busy machine needs: noise only ever adds to a time, so more rounds
-    bring a ratio of 1 closer to 1, while a ratio of 100 stays what it is.
-    """
-    best = {name: [float("inf")] * 2 for name in calls}
-    for _ in range(300):
-        for name, pair in calls.items():
-            for i, call in enumerate(pair):
-                start = time.perf_counter()
-                call()
-                best[name][i] = min(best[name][i], time.perf_counter() - start)
-        if all(denormal < 1.2 * normal for denormal, normal in best.values()):
-            break
-    return {name: denormal / normal for name, (denormal, normal) in best.items()}
 
 
 def pack(weight: torch.Tensor, kernel: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import re
 
 import pytest
 import torch
 from stacks import conv, fused_copy, image, kernel, run, stack
 from torch import nn
 
+from vgg_fast import selection
 from vgg_fast.accelerate import accelerate
 from vgg_fast.explain import Row, explain, record
+from vgg_fast.models import cfgs
 from vgg_fast.sequential import _STATE
 
 
@@ -179,3 +183,32 @@ def test_recordings_nest_and_end():
     run(fused, image())
     assert len(outer) == 2
     assert inner == outer[1:]
+
+
+def test_what_packing_cost():
+    model = nn.Module()
+    model.features, model.head = stack(), nn.Sequential(nn.Flatten(), nn.Sigmoid())
+    model.forward = lambda x: model.head(model.features(x))
+    with torch.inference_mode():
+        explanation = explain(model, image())
+    (packing,) = explanation.packing  # the head has nothing to pack
+    assert packing.container == "features"
+    assert packing.source_bytes == sum(m.weight.nbytes for m in model.features if isinstance(m, nn.Conv2d))
+    assert packing.bytes > 0
+    assert 0 < packing.milliseconds < 60_000
+    assert re.search(
+        r"packed weights of features: \d+\.\d MB, \d+\.\d\d times the originals; the first call took \d+ ms longer",
+        str(explanation),
+    )
+
+
+@pytest.mark.parametrize("kernel", selection.cpu_kernels())
+def test_packed_weights_are_at_most_twice_the_originals(kernel):
+    """VGG16's convolutions, for every kernel of the table; the padding of conv1_1 adds 0.1 % of the whole."""
+    widths = [3, *(entry for entry in cfgs["D"] if isinstance(entry, int))]
+    layers = list(itertools.pairwise(widths))
+    packed = sum(4 * torch.ops.vgg_fast.cpu_packed_words(cout, cin, kernel) for cin, cout in layers)
+    weights = sum(9 * cin * cout for cin, cout in layers)
+    assert packed <= 2 * weights * (2 if kernel in ("amx_bf16", "avx512_bf16") else 4)
+    if kernel != "amx_bf16x6":  # which nobody gets for tensors of 16 bits without asking
+        assert packed <= 2 * weights * 2 * 1.001

@@ -13,12 +13,14 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 
 import vgg_fast  # noqa: F401  (declares the ops)
 from vgg_fast import reference, selection, testing
+from vgg_fast.ops.linear import PACKING
 
 ops = torch.ops.vgg_fast
 PAGE = mmap.PAGESIZE
@@ -71,6 +73,33 @@ def check(kernel: str) -> None:
             assert torch.equal(y, expected), (name, dtype, layout, side)
 
 
+# Rows and images that end within a vector, a tile or a register block, and whole ones.
+LINEARS = ((1, 64, 32), (1, 37, 53), (3, 100, 7), (17, 33, 40), (2, 1, 1))
+
+
+def check_linear(kernel: str) -> None:
+    """linear and linear_pack of one kernel with every tensor against a protected page."""
+    problem = partial(selection.problem_on, device=torch.device("cpu"))
+    ran = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        try:
+            selection.select_linear(problem(dtype), kernel)
+        except RuntimeError:
+            continue  # not a dtype of this kernel
+        ran.append(dtype)
+        for (n, inputs, outputs), side in itertools.product(LINEARS, SIDES):
+            x = testing.integer_tensor(n, inputs, limit=4, dtype=dtype)
+            weight = testing.integer_tensor(outputs, inputs, limit=2, seed=1, dtype=dtype)
+            bias = testing.integer_tensor(outputs, limit=4, seed=2, dtype=dtype)
+            expected = reference.linear(x, weight, bias, True)
+            weight = guarded(weight, side)
+            if dtype == torch.float32 and kernel in PACKING:
+                weight = guarded(ops.linear_pack(weight, kernel), side)
+            y = ops.linear(guarded(x, side), weight, guarded(bias, side), True, kernel)
+            assert torch.equal(y, expected), (dtype, n, inputs, outputs, side)
+    assert ran
+
+
 def check_pool_and_fingerprint() -> None:
     """The ops that no kernel's name chooses."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -121,6 +150,18 @@ def test_a_kernel_stays_within_its_tensors(kernel):
     assert done.stdout == "done\n"
 
 
+@pytest.mark.parametrize("kernel", selection.linear_kernels())
+def test_a_linear_kernel_stays_within_its_tensors(kernel):
+    dtype = torch.bfloat16 if kernel == "amx_bf16" else torch.float32
+    try:
+        selection.select_linear(selection.problem_on(dtype, torch.device("cpu")), kernel)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    done = in_a_process(f"linear:{kernel}")
+    assert done.returncode == 0, f"{done.returncode}: {done.stderr}"
+    assert done.stdout == "done\n"
+
+
 def test_pool_and_fingerprint_stay_within_their_tensors():
     done = in_a_process("others")
     assert done.returncode == 0, f"{done.returncode}: {done.stderr}"
@@ -133,6 +174,8 @@ if __name__ == "__main__":
         bite(argument)
     elif what == "kernel":
         check(argument)
+    elif what == "linear":
+        check_linear(argument)
     else:
         check_pool_and_fingerprint()
     print("done")

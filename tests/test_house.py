@@ -21,9 +21,9 @@ LAYERS = [
     {"library", "kernels"},
     {"selection"},
     {"ops"},
-    {"chains", "packs", "gradients", "training", "sequential", "accelerate", "explain"},
+    {"chains", "packs", "linear_chains", "gradients", "training", "sequential", "accelerate", "explain"},
     {"models", "summary", "weights", "keras_files", "convert"},
-    {"verify", "measure", "peers", "contest", "roofline"},
+    {"verify", "measure", "peers", "contest", "roofline", "scaling"},
     {"plots", "report"},
     {"cli"},
 ]
@@ -91,6 +91,7 @@ TORCH_FACING = {"bindings.cpp", "torch_cpu.h", "conv3x3.cpp", "conv_stack.cpp", 
     "fingerprint.cpp",
     "batch_norm.cpp",
     "conv3x3_backward.cpp",
+    "linear.cpp",
     "stack.cpp",
 }
 CPU = [ROOT / "csrc/bindings.cpp", ROOT / "csrc/conv3x3.h", *sorted((ROOT / "csrc/cpu").iterdir())]

@@ -258,6 +258,19 @@ def test_fingerprint_sees_every_dense_update_and_nothing_else():
         part -= 1
 
 
+@pytest.mark.parametrize("size", [(1500, 900), (40, 3000), (3000, 40)])
+def test_fingerprint_sees_every_row_and_column_of_a_matrix(size):
+    matrix = testing.integer_tensor(*size, limit=100)  # so that adding and taking away gives the same again
+    before = ops.fingerprint([matrix])
+    torch.set_num_threads(1)
+    assert ops.fingerprint([matrix]) == before
+    for part in (*matrix[::7], matrix[-1], *matrix.unbind(1)[::7], matrix[:, -1]):
+        part += 1
+        assert ops.fingerprint([matrix]) != before
+        part -= 1
+    assert ops.fingerprint([matrix]) == before
+
+
 def test_fingerprint_follows_strides():
     x = testing.random_tensor(40, 50)
     assert ops.fingerprint([x.t()]) == ops.fingerprint([x.t().contiguous()])

@@ -254,6 +254,17 @@ def test_failures_and_odd_names_are_shown_as_text(tmp_path):
     assert "<script" not in text
 
 
+def test_threads_and_batches_have_a_table():
+    def at(threads, batch, ms):
+        changes = {"threads": threads, "median_ms_per_image": ms}
+        return row("scaling 224", "fp32", batch, peers.OURS, 1.0, **changes)
+
+    html = report.page(results(rows=[at(1, 1, 90.0), at(2, 1, 50.0), at(2, 8, 45.0)]))
+    table = html[html.index("<h2>Threads and batches</h2>") :].partition("</section>")[0]
+    assert re.findall(r"<td>([^<]*)</td>", table) == ["vgg-fast", "1.80", "50.00", "45.00", "0.900"]
+    assert "Threads and batches" not in report.page(results())
+
+
 def test_nothing_measured_is_still_a_page():
     text = report.page(results(rows=[], failures=["all of it"]))
     assert "all of it" in text

@@ -137,6 +137,7 @@ def test_kernels_and_chains_have_no_data_race(program):
         lines = [line for line in done.stdout.splitlines() if line.startswith(kernel + " ")]
         assert len(lines) == 4  # kChains
         assert all("same bits" in line for line in lines)
+    assert "linear portable_f32   same bits" in done.stdout
 
 
 def test_a_data_race_is_caught(program):

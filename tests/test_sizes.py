@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from stacks import runnable
 
 from vgg_fast import reference, selection, testing
 from vgg_fast.testing import Shape
@@ -28,16 +29,6 @@ SIZES = (
 )
 
 
-def native_dtype(kernel: str) -> torch.dtype:
-    """The kernel's own dtype, or a skip that says what this machine lacks."""
-    dtype = torch.bfloat16 if kernel.endswith("bf16") else torch.float32
-    try:
-        selection.select(selection.problem_on(dtype, torch.device("cpu")), kernel)
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    return dtype
-
-
 def available_memory() -> int:
     """Bytes that Linux would still hand out; 0 where that cannot be known."""
     info = Path("/proc/meminfo")
@@ -48,7 +39,7 @@ def available_memory() -> int:
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("shape", SIZES, ids=lambda s: s.name)
 def test_sizes(kernel, shape):
-    dtype = native_dtype(kernel)
+    dtype = runnable(kernel)
     x, weight, bias = testing.conv_inputs(shape, dtype, integers=True)
     # fp32 holds every sum of these integers exactly (the largest is 18450 * 8), and is twice as fast as float64.
     expected = reference.conv3x3(x.float(), weight.float(), bias.float(), True, True).to(dtype)
@@ -61,7 +52,7 @@ def test_sizes(kernel, shape):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_batch_of_256_is_256_batches_of_one(kernel):
-    dtype = native_dtype(kernel)
+    dtype = runnable(kernel)
     x = testing.random_tensor(256, 3, 32, 32, dtype=dtype)
     weight = testing.random_tensor(40, 3, 3, 3, seed=1, dtype=dtype)
     packed, affine = ops.pack(weight, None, None, None, None, None, 0.0, kernel)
@@ -74,7 +65,7 @@ def test_a_batch_of_256_is_256_batches_of_one(kernel):
 @pytest.mark.parametrize("far", ["image", "channel", "row", "column"])
 def test_strides_past_32_bits(kernel, far):
     """Each stride in turn takes the last element beyond 4 GiB. Only the pages that are touched cost memory."""
-    dtype = native_dtype(kernel)
+    dtype = runnable(kernel)
     values = testing.integer_tensor(2, 3, 4, 5, limit=4, dtype=dtype)
     strides, axis = [60, 20, 5, 1], ["image", "channel", "row", "column"].index(far)
     strides[axis] = 5 * GIB // dtype.itemsize // (values.shape[axis] - 1)

@@ -233,6 +233,6 @@ def test_a_training_run_reaches_the_same_loss():
             with torch.no_grad():
                 for parameter, gradient in zip(model.parameters(), grads, strict=True):
                     parameter -= 0.1 * gradient
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert [s.kernel for s in segments] == [kernel()]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)

@@ -1,17 +1,12 @@
-"""Triton's own side of the kernels: examples, offsets past 2^31, and the machine code. What they compute is in
-test_gpu_kernels.py."""
+"""Triton's own side of the kernels: examples, and offsets past 2^31. What they compute is in test_gpu_kernels.py, the
+machine code in test_machine_code.py."""
 
 from __future__ import annotations
 
 import doctest
-import functools
-import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,8 +14,6 @@ from gpu_kernels import Huge, interpreted
 
 from vgg_fast import reference, testing
 from vgg_fast.kernels import support
-
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # bytes per block, CUDA guide 17.2
 
 
 def test_examples() -> None:
@@ -86,31 +79,3 @@ def test_maxpool2x2_past_2_31_elements(start_at: Callable[[int], None]) -> None:
     module._maxpool2x2_kernel[(2,)](huge.x, huge.out, height * width, huge.height, huge.width, **constants)
     expected = reference.maxpool2x2(huge.last)
     assert torch.equal(huge.out_pixels(height, width)[:, :, -1, -16:], expected[:, :, -1, -16:])
-
-
-@functools.cache
-def machine_code() -> list[dict[str, Any]]:
-    """What triton_machine_code.py reports for every shipped form on every architecture; see there why a process."""
-    pytest.importorskip("triton", reason="Triton is not installed")
-    script = Path(__file__).with_name("triton_machine_code.py")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, str(script), *(str(sm) for sm in SHARED_LIMIT)]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True)
-    return json.loads(done.stdout)
-
-
-@pytest.mark.parametrize("sm", SHARED_LIMIT)
-def test_machine_code(sm: int) -> None:
-    rows = [row for row in machine_code() if row["sm"] == sm]
-    assert {row["kernel"] for row in rows} == {"conv3x3", "maxpool2x2"}
-    for row in rows:
-        assert row["local"] == 0, f"spills: {row}"
-        assert row["stack"] == 0, f"spills: {row}"
-        assert row["shared"] <= SHARED_LIMIT[sm], f"too much shared memory: {row}"
-        if row["kernel"] == "maxpool2x2":
-            continue
-        on_tensor_cores = row["dtype"] != "torch.float32"  # fp32 is true fp32: no tf32
-        assert bool(row["mma"]) == on_tensor_cores, f"tensor-core instructions: {row}"
-        assert row["shuffle"] == 0, f"the pooling windows leave their threads: {row}"
-        if row["cin"] % 8 == 0:
-            assert row["async_copy"] == row["async_copy_128"] > 0, f"loads narrower than 16 bytes: {row}"

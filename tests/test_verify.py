@@ -33,7 +33,7 @@ def test_every_kernel_of_this_machine_is_right():
     for row in rows:
         assert row.result == ("not here" if row.absent else "ok")
         # With a pool and without, two memory formats: rgb_odd and two have 2x2 epilogues, one_row only two.
-        expected = {"conv3x3": (40, 20), "conv_stack": (43, 23), "maxpool2x2": (12, 12)}[row.op]
+        expected = {"conv3x3": (40, 20), "conv_stack": (43, 23), "maxpool2x2": (12, 12), "linear": (32, 16)}[row.op]
         assert (row.problems, row.exact) == ((0, 0) if row.absent else expected)
         assert 0 <= row.worst <= 1
         assert 0 <= row.worst_border <= 1
@@ -67,6 +67,18 @@ def test_a_wrong_corner_pixel_of_the_pool_is_found():
     wrong = replace(GOOD, maxpool2x2=lambda x: corner(GOOD.maxpool2x2(x)))
     rows = verify(shapes=[testing.shape("two")], dtypes=[torch.float32], checked=wrong)
     assert {row.op for row in rows if row.result == "MISS"} == {"maxpool2x2"}
+
+
+def test_a_wrong_output_of_linear_is_found():
+    def last(*arguments):
+        y = GOOD.linear(*arguments).clone()
+        y[-1, -1] = 3 * y[-1, -1].abs() + 1
+        return y
+
+    rows = verify(shapes=[], dtypes=[torch.bfloat16], checked=replace(GOOD, linear=last))
+    (found,) = [row for row in rows if row.kernel == "portable_f32" and row.op == "linear"]
+    assert found.result == "MISS"
+    assert len(found.misses) == found.problems
 
 
 def test_an_error_inside_is_not_blamed_on_the_border():
@@ -159,7 +171,8 @@ def test_a_kernel_beyond_the_cap_is_absent_with_the_reason(monkeypatch):
 
 def test_only_the_named_kernels():
     rows = verify(only=["portable_f32"], shapes=[testing.shape("two")], dtypes=[torch.float32])
-    assert [(row.op, row.kernel) for row in rows] == [("conv3x3", "portable_f32"), ("conv_stack", "portable_f32")]
+    names = ("linear", "conv3x3", "conv_stack")
+    assert [(row.op, row.kernel) for row in rows] == [(name, "portable_f32") for name in names]
 
 
 def test_unknown_names_say_what_there_is():

@@ -44,10 +44,10 @@ def accelerate(model: M, backend: str = "auto") -> M:
         'FusedSequential'
     """
     _check_module(model, "accelerate")
-    known = ("auto", *selection.BACKENDS, *selection.cpu_kernels())
+    known = ("auto", *selection.BACKENDS, *dict.fromkeys(selection.cpu_kernels() + selection.linear_kernels()))
     if backend not in known:
         raise ValueError(f"there is no backend {backend!r}; choose one of {', '.join(known)}")
-    if not any(isinstance(m, nn.Conv2d) for m in model.modules()):
+    if not any(isinstance(m, (nn.Conv2d, nn.Linear)) for m in model.modules()):
         warnings.warn(
             f"accelerate: {type(model).__name__} contains no torch.nn.Conv2d, so there is nothing to fuse. A Keras "
             "model has layers of its own even with the torch backend: convert its weights with `vgg-fast convert` "

@@ -1,4 +1,4 @@
-"""Which children of a Sequential may run as one op: the parse into chains, and for every other child the reason.
+"""Which children of a Sequential run as ops of ours: the parse into chains, and for every other child the reason.
 
 Predicates are exact (type, attributes, hooks), never "looks like VGG". A child that fails one runs by itself.
 """
@@ -59,6 +59,23 @@ class Chain:
         return any(run.batch for run in self.runs)
 
 
+@dataclass(frozen=True)
+class LinearRun:
+    """One fully connected layer and its ReLU, by their positions; dropout in evaluation mode is the identity."""
+
+    linear: int
+    relu: int | None
+
+
+@dataclass(frozen=True)
+class LinearChain:
+    """Consecutive fully connected layers, children ``start`` to ``stop - 1``: one call of ``linear`` for each run."""
+
+    start: int
+    stop: int
+    runs: tuple[LinearRun, ...]
+
+
 # --- predicates -----------------------------------------------------------------------------------------------------
 
 
@@ -82,6 +99,20 @@ def _conv_reason(state: dict[str, Any]) -> str | None:
         return f"padding_mode={state['padding_mode']!r}, fused: 'zeros'"
     if state["_parameters"].get("weight") is None or "bias" not in state["_parameters"]:
         return "its weight is not an ordinary parameter"
+    return None
+
+
+def _linear_reason(state: dict[str, Any]) -> str | None:
+    if state["_parameters"].get("weight") is None or "bias" not in state["_parameters"]:
+        return "its weight is not an ordinary parameter"
+    return None
+
+
+def _dropout_reason(state: dict[str, Any]) -> str | None:
+    if state["training"]:
+        return "dropout in training mode draws random numbers"
+    if type(state["p"]) not in (int, float) or not 0 <= state["p"] <= 1:
+        return f"p={state['p']!r} is not a number from 0 to 1"
     return None
 
 
@@ -139,6 +170,8 @@ _KINDS: dict[type[nn.Module], _Kind] = {
     nn.BatchNorm2d: _kind(nn.BatchNorm2d(1, device="meta"), _bn_reason, "training", "eps"),
     nn.ReLU: _kind(nn.ReLU(), _relu_reason, "inplace"),
     nn.MaxPool2d: _kind(nn.MaxPool2d(2), _pool_reason, *_POOL_KEYS),
+    nn.Linear: _kind(nn.Linear(1, 1, device="meta"), _linear_reason),
+    nn.Dropout: _kind(nn.Dropout(), _dropout_reason, "training", "p"),
 }
 
 
@@ -168,8 +201,9 @@ def child_reason(module: nn.Module) -> str | None:
 # --- the parse ------------------------------------------------------------------------------------------------------
 
 
-def parse(modules: Sequence[nn.Module]) -> list[Chain | Plain]:
-    """The children in order, as chains of fused runs ``conv3x3 [+ batch norm] [+ ReLU] [+ max-pool]`` and plain ones.
+def parse(modules: Sequence[nn.Module]) -> list[Chain | LinearChain | Plain]:
+    """The children in order: chains of fused runs ``conv3x3 [+ batch norm] [+ ReLU] [+ max-pool]``, chains of ``linear
+    [+ ReLU] [+ dropout]``, and plain ones.
 
     Args:
         modules: the children of a Sequential.
@@ -182,36 +216,33 @@ def parse(modules: Sequence[nn.Module]) -> list[Chain | Plain]:
         ['Plain', 'Chain']
     """
     reasons = [child_reason(m) for m in modules]
-    parts: list[Chain | Plain] = []
-    runs: list[Run] = []
-    start = i = 0
-
-    def is_next(kind: type[nn.Module]) -> bool:
-        return i < len(modules) and type(modules[i]) is kind and reasons[i] is None
+    parts: list[Chain | LinearChain | Plain] = []
+    i = 0
 
     def take(kind: type[nn.Module]) -> int | None:
         nonlocal i
-        if not is_next(kind):
+        if i == len(modules) or type(modules[i]) is not kind or reasons[i] is not None:
             return None
         i += 1
         return i - 1
 
     while i < len(modules):
-        if is_next(nn.Conv2d):
-            start = start if runs else i
-            conv, i = i, i + 1
+        start, runs, dense = i, [], []
+        while (conv := take(nn.Conv2d)) is not None:
             bn, relu, pool = take(nn.BatchNorm2d), take(nn.ReLU), take(nn.MaxPool2d)
             inplace = relu is not None and bool(vars(modules[relu])["inplace"])
             runs.append(Run(conv, bn, relu, pool, inplace, bn is not None and _of_batch(vars(modules[bn]))))
-            continue
+        while not runs and (linear := take(nn.Linear)) is not None:
+            dense.append(LinearRun(linear, take(nn.ReLU)))
+            take(nn.Dropout)
         if runs:
             parts.append(_chain(start, i, runs, modules))
-            runs = []
-        # Only a ReLU whose input was made inside the run may be swallowed: an in-place one writes into its input.
-        parts.append(Plain(i, reasons[i] or "it does not follow a fused convolution directly"))
-        i += 1
-    if runs:
-        parts.append(_chain(start, i, runs, modules))
+        elif dense:
+            parts.append(LinearChain(start, i, tuple(dense)))
+        else:
+            # Only a ReLU whose input was made inside the run may be swallowed: an in-place one writes into its input.
+            parts.append(Plain(i, reasons[i] or "it does not follow a fused layer directly"))
+            i += 1
     return parts
 
 
@@ -248,7 +279,7 @@ class Plan:
         self.unhooked = tuple(h for four in hooks if not any(four) for h in four)
         self.hooked = tuple(four for four in hooks if any(four))
         self.parts = parse(modules)
-        self.sources = {part.start: Sources(part, modules) for part in self.parts if isinstance(part, Chain)}
+        self.sources = {part.start: Sources(part, modules) for part in self.parts if not isinstance(part, Plain)}
         self.trainable: dict[int, Any] = {}  # by the start of a chain; filled and read by vgg_fast.training
 
     def holds(self, modules: tuple[nn.Module, ...], start: int = 0, stop: int | None = None) -> bool:
@@ -285,8 +316,9 @@ def _read_nothing(state: dict[str, Any]) -> tuple[Any, ...]:
 class Sources:
     """The tensors a chain is packed from: where they are, and which of the optional ones exist."""
 
-    def __init__(self, chain: Chain, modules: Sequence[nn.Module]) -> None:
+    def __init__(self, chain: Chain | LinearChain, modules: Sequence[nn.Module]) -> None:
         slots = [slot for run in chain.runs for slot in _run_slots(run, modules)]
+        self.per_run = len(slots) // len(chain.runs)
         self.present = tuple(d[group][name] is not None for d, group, name in slots)
         self.filled: tuple[_Slot, ...] = tuple(s for s, here in zip(slots, self.present, strict=True) if here)
         # A bias or a batch-norm vector that is None but may be set later.
@@ -303,18 +335,20 @@ class Sources:
         return None if any(t is None for t in tensors) else tensors
 
     def by_run(self, tensors: list[Tensor]) -> Iterator[list[Tensor | None]]:
-        """Per run: weight, bias, bn mean, bn variance, bn weight, bn bias, with None where there is none."""
+        """Per run: weight, bias and, of convolutions, bn mean, variance, weight and bias; None where there is none."""
         rest = iter(tensors)
         padded = [next(rest) if here else None for here in self.present]
-        return (padded[i : i + 6] for i in range(0, len(padded), 6))
+        return (padded[i : i + self.per_run] for i in range(0, len(padded), self.per_run))
 
 
 _NOTHING: _Slot = ({"_parameters": {"nothing": None}}, "_parameters", "nothing")
 
 
-def _run_slots(run: Run, modules: Sequence[nn.Module]) -> list[_Slot]:
-    conv = vars(modules[run.conv])
-    slots: list[_Slot] = [(conv, "_parameters", "weight"), (conv, "_parameters", "bias")]
+def _run_slots(run: Run | LinearRun, modules: Sequence[nn.Module]) -> list[_Slot]:
+    layer = vars(modules[run.linear if isinstance(run, LinearRun) else run.conv])
+    slots: list[_Slot] = [(layer, "_parameters", "weight"), (layer, "_parameters", "bias")]
+    if isinstance(run, LinearRun):
+        return slots
     if run.bn is None:
         return slots + [_NOTHING] * 4
     bn = vars(modules[run.bn])

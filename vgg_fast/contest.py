@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -150,55 +151,48 @@ def layer(
     return contest
 
 
-def features(
-    dtype: torch.dtype,
-    batch: int = 1,
-    size: int = 224,
-    engines: Mapping[str, Engine] | None = None,
-    **options: Any,
-) -> Contest:
+def features(dtype: torch.dtype, batch: int = 1, size: int = 224, **others: Any) -> Contest:
     """A contest over the convolutional part of VGG16-BN; arguments as :func:`layer`.
 
     Raises:
         Disagreement: our error is larger than the precision ladder allows.
     """
-    return _network(peers.plain_features(), f"features {size}", dtype, batch, size, engines, options)
+    return _network("features", peers.plain_features(), dtype, batch, size, **others)
 
 
-def model(
-    dtype: torch.dtype,
-    batch: int = 1,
-    size: int = 224,
-    engines: Mapping[str, Engine] | None = None,
-    **options: Any,
-) -> Contest:
+def model(dtype: torch.dtype, batch: int = 1, size: int = 224, **others: Any) -> Contest:
     """A contest over all of VGG16-BN, its dense layers included; arguments as :func:`layer`.
 
     Raises:
         Disagreement: our error is larger than the precision ladder allows.
     """
-    return _network(peers.plain_vgg16_bn(), f"model {size}", dtype, batch, size, engines, options)
+    return _network("model", peers.plain_vgg16_bn(), dtype, batch, size, **others)
 
 
 def _network(
+    part: str,
     network: nn.Sequential,
-    name: str,
     dtype: torch.dtype,
     batch: int,
     size: int,
-    engines: Mapping[str, Engine] | None,
-    options: dict[str, Any],
+    engines: Mapping[str, Engine] | None = None,
+    **options: Any,
 ) -> Contest:
     x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
     convolutions = network.get_submodule("features") if hasattr(network, "features") else network
     peers.calibrate(convolutions, x[:1])
-    return _contest(name, network.to(dtype), x.to(dtype), engines, options)[0]
+    return _contest(f"{part} {size}", network.to(dtype), x.to(dtype), engines, options, layered=True)[0]
 
 
 def _contest(
-    name: str, network: nn.Sequential, x: Tensor, engines: Mapping[str, Engine] | None, options: dict[str, Any]
+    name: str,
+    network: nn.Sequential,
+    x: Tensor,
+    engines: Mapping[str, Engine] | None,
+    options: dict[str, Any],
+    layered: bool = False,
 ) -> tuple[Contest, Tensor, Tensor]:
-    """The contest, and for the first and last image our answer and the exact one."""
+    """The contest, and for the first and last image our answer and the exact one; layered: of more than one layer."""
     contestants: dict[str, Contestant] = peers.contestants(network, **options)
     calls = {key: contestant.on(x) for key, contestant in contestants.items()}
     left_out = {}
@@ -212,7 +206,8 @@ def _contest(
     ends = _ends(len(x))
     exact = peers.in_float64(network, x[ends])
     answers = {key: call()[ends] for key, call in calls.items()}
-    agreement = peers.agreement(answers[OURS], [answers[EAGER], answers[CHANNELS_LAST]], exact)
+    tf32 = partial(peers.in_tf32, network, x[ends]) if layered else None
+    agreement = peers.agreement(answers[OURS], [answers[EAGER], answers[CHANNELS_LAST]], exact, tf32)
     if not agreement.agrees:
         raise Disagreement(
             f"{name} {x.dtype} batch {len(x)}: relative error {agreement.ours:.2e}, allowed {agreement.allowed:.2e} "

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from vgg_fast.chains import child_reason
-from vgg_fast.sequential import FusedSequential, Segment, drop_cache, record
+from vgg_fast.sequential import FusedSequential, Segment, drop_cache, packed_weights, record
 
-__all__ = ["Explanation", "Row", "Segment", "explain", "record"]
+__all__ = ["Explanation", "Packing", "Row", "Segment", "explain", "record"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Row:
         type: its class.
         status: ``fused``, ``plain``, or ``both`` if its container was called several times with different outcomes.
         kernel: the kernel that ran it, empty where plain.
-        chain: number of the call of ``conv_stack`` that it was part of, None where plain.
+        chain: number of the chain of layers that it was part of, None where plain.
         reason: why it did not run fused, empty where it did.
     """
 
@@ -38,16 +38,42 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Packing:
+    """What the packed weights of one container cost.
+
+    Attributes:
+        container: its name in the model, empty for the model itself.
+        milliseconds: that the call which packed them, usually the first, took longer.
+        bytes: of the packed weights, which the container keeps.
+        source_bytes: of the weights that they were made from.
+    """
+
+    container: str
+    milliseconds: float
+    bytes: int
+    source_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"packed weights of {self.container or 'the model'}: {self.bytes / 1e6:.1f} MB, "
+            f"{self.bytes / self.source_bytes:.2f} times the originals; the first call took {self.milliseconds:.0f} ms "
+            "longer to pack them"
+        )
+
+
+@dataclass(frozen=True)
 class Explanation:
     """The layers of a model in order; ``str()`` is a readable table.
 
     Attributes:
         rows: one :class:`Row` per layer that has no children.
         accelerated: whether the model was accelerated, or only for the moment of explaining.
+        packing: one :class:`Packing` per container that keeps packed weights.
     """
 
     rows: tuple[Row, ...]
     accelerated: bool
+    packing: tuple[Packing, ...] = ()
 
     @property
     def fused(self) -> int:
@@ -62,6 +88,7 @@ class Explanation:
         widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in (header, *cells)]
         chains = len({row.chain for row in self.rows if row.chain is not None})
+        lines += [str(packing) for packing in self.packing]
         lines.append(f"{self.fused} of {len(self.rows)} layers run fused, in {chains} calls")
         if not self.accelerated:
             lines.append("(the model is not accelerated yet: this is what vgg_fast.accelerate(model) would do)")
@@ -98,7 +125,7 @@ def explain(model: nn.Module, example_input: Tensor | Sequence[Any] | Mapping[st
             module.__class__ = FusedSequential
         with _unchanged(model), record() as segments:
             model(*args, **kwargs)
-        return Explanation(tuple(_rows(model, segments)), accelerated=not plain)
+        return Explanation(tuple(_rows(model, segments)), not plain, tuple(_packing(model)))
     finally:
         for module in plain:
             drop_cache(module)
@@ -142,6 +169,18 @@ class _Seen:
     chain: int | None = None
     reason: str = ""
     calls: set[str] = field(default_factory=set)
+
+
+def _packing(model: nn.Module) -> Iterator[Packing]:
+    for path, module in model.named_modules():
+        packs = packed_weights(module) if isinstance(module, FusedSequential) else []
+        if packs:
+            sums = (
+                sum(p.seconds for p in packs) * 1e3,
+                sum(p.bytes for p in packs),
+                sum(p.source_bytes for p in packs),
+            )
+            yield Packing(path, *sums)
 
 
 def _rows(model: nn.Module, segments: Sequence[Segment]) -> Iterator[Row]:

@@ -81,7 +81,7 @@ def _head(widths: Sequence[int], dropout: float) -> nn.Sequential:
         if i:
             layers += [nn.ReLU(inplace=True), nn.Dropout(p=dropout)]
         layers.append(nn.Linear(widths[i], widths[i + 1]))
-    return nn.Sequential(*layers)
+    return FusedSequential(*layers)
 
 
 class VGG(nn.Module):

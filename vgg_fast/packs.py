@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,14 +36,13 @@ if hasattr(os, "register_at_fork"):
 
 @dataclass(frozen=True)
 class Pack:
-    """What ``conv_stack`` needs to run one chain, and what it was made from.
+    """What ``conv_stack`` needs to run one chain.
 
     Attributes:
         weights, affines: per convolution, from ``vgg_fast::pack``.
         channels: of the input and then of every convolution's output.
         channels_last: per convolution, whether its weight suggests channels_last to PyTorch.
         device: of the sources.
-        identity, fingerprint, extras: of the sources when they were packed.
     """
 
     weights: list[Tensor]
@@ -50,9 +50,41 @@ class Pack:
     channels: list[int]
     channels_last: list[bool]
     device: torch.device
+
+
+@dataclass(frozen=True)
+class LinearPack:
+    """The weights and biases of one chain as ``vgg_fast::linear`` takes them."""
+
+    weights: list[Tensor]
+    biases: list[Tensor | None]
+
+
+Content = TypeVar("Content", Pack, LinearPack)
+
+
+@dataclass(frozen=True)
+class Packed(Generic[Content]):
+    """Packed weights, what they were made from, and what making them cost.
+
+    Attributes:
+        content: the packed weights.
+        identity, fingerprint, extras: of the sources when they were packed.
+        seconds: that packing took.
+        source_bytes: of the weights that it was made from.
+    """
+
+    content: Content
     identity: tuple[list[Any], ...]
     fingerprint: int
     extras: tuple[Any, ...]
+    seconds: float
+    source_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        """Of the packed weights."""
+        return sum(weight.nbytes for weight in self.content.weights)
 
     def is_current(self, tensors: list[Tensor], extras: tuple[Any, ...]) -> bool:
         """Whether packing ``tensors`` now would give the same again."""
@@ -81,10 +113,13 @@ class PackCache:
     """The packed chains of one container, bounded in number."""
 
     def __init__(self) -> None:
-        self._packs: dict[tuple[Any, ...], Pack] = {}
+        self._packs: dict[tuple[Any, ...], Packed[Any]] = {}
 
     def __len__(self) -> int:
         return len(self._packs)
+
+    def __iter__(self) -> Iterator[Packed[Any]]:
+        return iter(list(self._packs.values()))
 
     def get(
         self,
@@ -96,7 +131,7 @@ class PackCache:
         autocast: bool,
         limit: int,
     ) -> Pack | str:
-        """The packed weights of a chain, packed now if need be, or the reason why they cannot be.
+        """The packed weights of a chain of convolutions, or the reason why they cannot be packed.
 
         Args:
             chain, sources: what the container's plan says.
@@ -106,51 +141,89 @@ class PackCache:
             autocast: whether weights of another dtype are cast to it, as under ``torch.autocast``.
             limit: the number of packs to keep; the oldest go first.
         """
+
+        def make() -> Pack | str:
+            return _unfit(sources.by_run(tensors), dtype, autocast) or _pack(chain, sources, tensors, kernel, dtype)
+
         key = (chain.start, chain.stop, kernel, dtype, autocast)
-        extras = (chain.eps, sources.present)
+        return self.lookup(key, tensors, (chain.eps, sources.present), limit, make)
+
+    def lookup(
+        self,
+        key: tuple[Any, ...],
+        tensors: list[Tensor],
+        extras: tuple[Any, ...],
+        limit: int,
+        make: Callable[[], Content | str],
+    ) -> Content | str:
+        """What was packed under ``key`` if it is current, else what ``make`` returns; a reason (str) is not kept.
+
+        Args:
+            key: the chain, and how it is packed.
+            tensors: what is packed.
+            extras: what else the result depends on.
+            limit: the number of packs to keep; the oldest go first.
+            make: packs ``tensors``.
+        """
         pack = self._packs.get(key)
         if pack is not None and pack.is_current(tensors, extras):
-            return pack
+            return pack.content
         with _lock:
             pack = self._packs.get(key)  # another thread may have packed it while we waited
             if pack is not None and pack.is_current(tensors, extras):
-                return pack
+                return pack.content
             self._packs.pop(key, None)
-            reason = _unfit(sources.by_run(tensors), tensors, dtype, autocast)
-            if reason is not None:
-                return reason
-            pack = self._packs[key] = _pack(chain, sources, tensors, kernel, dtype, extras)
+            made = _pack_now(tensors, extras, make)
+            if isinstance(made, str):
+                return made
+            self._packs[key] = made
             while len(self._packs) > limit:
                 del self._packs[next(iter(self._packs))]
-            return pack
+            return made.content
 
 
-def _pack(
-    chain: Chain, sources: Sources, tensors: list[Tensor], kernel: str, dtype: torch.dtype, extras: tuple[Any, ...]
-) -> Pack:
-    device = tensors[0].device
+def _pack_now(
+    tensors: list[Tensor], extras: tuple[Any, ...], make: Callable[[], Content | str]
+) -> Packed[Content] | str:
+    start = time.perf_counter()
+    reason = plain_reason(tensors)  # before anything reads them
+    if reason is not None:
+        return reason
     # The pack outlives this forward, so it must not be made of inference tensors; and autocast must not touch it.
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
         # Taken before the values are read: what another thread writes meanwhile is then found by the next forward.
         identity, fingerprint = _identity(tensors), torch.ops.vgg_fast.fingerprint.default(tensors)
-        pairs, channels, last = [], [tensors[0].shape[1]], []
-        for eps, (weight, bias, *bn) in zip(chain.eps, sources.by_run(tensors), strict=True):
-            assert weight is not None
-            cast_bias = None if bias is None else bias.to(dtype)
-            pairs.append(torch.ops.vgg_fast.pack.default(weight.to(dtype), cast_bias, *bn, eps, kernel))
-            channels.append(weight.shape[0])
-            last.append(suggests_channels_last(weight))
+        content = make()
+    if isinstance(content, str):
+        return content
+    sources = sum(tensor.nbytes for tensor in tensors if tensor.dim() > 1)
+    return Packed(content, identity, fingerprint, extras, time.perf_counter() - start, sources)
+
+
+def _pack(chain: Chain, sources: Sources, tensors: list[Tensor], kernel: str, dtype: torch.dtype) -> Pack:
+    pairs, channels, last = [], [tensors[0].shape[1]], []
+    for eps, (weight, bias, *bn) in zip(chain.eps, sources.by_run(tensors), strict=True):
+        assert weight is not None
+        cast_bias = None if bias is None else bias.to(dtype)
+        pairs.append(torch.ops.vgg_fast.pack.default(weight.to(dtype), cast_bias, *bn, eps, kernel))
+        channels.append(weight.shape[0])
+        last.append(suggests_channels_last(weight))
     weights, affines = map(list, zip(*pairs, strict=True))
-    return Pack(weights, affines, channels, last, device, identity, fingerprint, extras)
+    return Pack(weights, affines, channels, last, tensors[0].device)
 
 
-def _unfit(runs: Iterable[list[Tensor | None]], tensors: list[Tensor], dtype: torch.dtype, cast: bool) -> str | None:
-    """Why PyTorch would not run these parameters together, or would in a way that we do not reproduce."""
+def plain_reason(tensors: list[Tensor]) -> str | None:
+    """Why these are not plain dense tensors on one device."""
     for tensor in tensors:
         if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
             return f"a parameter is a {type(tensor).__name__}, not a plain Tensor"
         if tensor.layout is not torch.strided or tensor.device != tensors[0].device:
             return "the parameters are not dense tensors on one device"
+    return None
+
+
+def _unfit(runs: Iterable[list[Tensor | None]], dtype: torch.dtype, cast: bool) -> str | None:
+    """Why PyTorch would not run these parameters together, or would in a way that we do not reproduce."""
     cin = None
     for weight, bias, *bn in runs:
         assert weight is not None

@@ -28,13 +28,18 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Our error may be this many times PyTorch's own error in the same dtype, both against float64. fp32: another order of
 # summation is another error of the same size. bf16 and fp16: we round once where PyTorch rounds after the convolution
-# and after the batch-norm; but the dense layers behind are PyTorch's on both sides, and where they dominate the two
-# errors are equal up to chance, so that "no larger" cannot be asked of every image.
+# and after the batch-norm; but dense layers are rounded once on both sides, and where they dominate the two errors are
+# equal up to chance, so that "no larger" cannot be asked of every image.
 ERROR_FACTOR = {torch.float32: 2.0, torch.bfloat16: 1.25, torch.float16: 1.25}
 
-# What fp32 may be off where the user has lowered PyTorch's precision of it (torch.set_float32_matmul_precision): three
-# bf16 products, or one, whose error through thirteen layers is that of bf16 activations and weights.
+# What fp32 may be off where the user has lowered PyTorch's precision of it (torch.set_float32_matmul_precision).
+# "high": the precision ladder has "three bf16 products on AMX; tf32 or bf16x3 on a GPU" and allows "<= 3e-5 relative
+# (norm)", which is 1/16 of tf32's unit roundoff 2^-11. That is what one layer may be off. A network amplifies every
+# rounding (VGG16-BN with calibrated statistics 27 times), so that it may be off 1/16 of what tf32 operands make of the
+# same network and input. "medium": one bf16 product, whose error through thirteen layers is that of bf16 activations
+# and weights.
 LOWERED_ERROR = {"high": 3e-5, "medium": 2e-2}
+OF_TF32 = 1 / 16
 
 _FILTERS: list[int | str] = [64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"]
 
@@ -213,6 +218,30 @@ def in_float64(model: nn.Module, x: Tensor) -> Tensor:
     return torch.cat([wide(image[None].double()) for image in x])
 
 
+def round_to_tf32(x: Tensor) -> Tensor:
+    """fp32 values rounded to the 10 bits of mantissa that tf32 keeps, ties to even; in the dtype of ``x``.
+
+    Example:
+        >>> round_to_tf32(torch.tensor([1.0 + 2.0**-11, 1.0 + 3 * 2.0**-11])).tolist()
+        [1.0, 1.001953125]
+    """
+    bits = x.float().contiguous().view(torch.int32)
+    rounded = (bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF
+    return rounded.view(torch.float32).to(x.dtype)
+
+
+@torch.no_grad()
+def in_tf32(model: nn.Module, x: Tensor) -> Tensor:
+    """What tf32 would make of the model: the operands of every convolution and dense layer rounded to it, all else in
+    float64; arguments as :func:`in_float64`."""
+    rounded = copy.deepcopy(model)
+    for module in rounded.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.weight.copy_(round_to_tf32(module.weight))
+            module.register_forward_pre_hook(lambda _, args: (round_to_tf32(args[0]), *args[1:]))
+    return in_float64(rounded, x)
+
+
 @dataclass(frozen=True)
 class Agreement:
     """How far two answers are from float64.
@@ -232,19 +261,26 @@ class Agreement:
         return self.ours <= self.allowed
 
 
-def agreement(ours: Tensor, pytorch: Sequence[Tensor], exact: Tensor) -> Agreement:
-    """Judges our answer by PyTorch's own in the same dtype.
+def agreement(
+    ours: Tensor, pytorch: Sequence[Tensor], exact: Tensor, tf32: Callable[[], Tensor] | None = None
+) -> Agreement:
+    """Judges our answer by PyTorch's own in the same dtype, or by tf32's where PyTorch's precision is "high".
 
     Args:
         ours: any shape.
         pytorch: the answers of eager PyTorch in its memory formats. They sum up in different orders (in fp32 the error
             of VGG16 in channels_last can be twice that in NCHW), and each is what some user has: the larger one counts.
         exact: the answer in float64.
+        tf32: of a network, gives :func:`in_tf32`; None for a single layer.
     """
     theirs = max(testing.relative_error(answer, exact) for answer in pytorch)
     allowed = ERROR_FACTOR[ours.dtype] * theirs
     if ours.dtype == torch.float32:
-        allowed = max(allowed, LOWERED_ERROR.get(torch.get_float32_matmul_precision(), 0.0))
+        setting = torch.get_float32_matmul_precision()
+        lowered = LOWERED_ERROR.get(setting, 0.0)
+        if setting == "high" and tf32 is not None:
+            lowered = OF_TF32 * testing.relative_error(tf32(), exact)
+        allowed = max(allowed, lowered)
     return Agreement(testing.relative_error(ours, exact), theirs, allowed)
 
 

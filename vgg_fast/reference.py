@@ -52,6 +52,20 @@ def maxpool2x2(x: Tensor) -> Tensor:
     return F.max_pool2d(x, kernel_size=2, stride=2)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
+    """Fully connected layer, then optional ReLU: ``[..., in]`` with weight ``[out, in]`` -> ``[..., out]``.
+
+    Computed in float32 (float64 for float64 input) and rounded once at the end.
+
+    Example:
+        >>> linear(torch.ones(2, 3), torch.ones(5, 3), relu=True).shape
+        torch.Size([2, 5])
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+    return (F.relu(y) if relu else y).to(x.dtype)
+
+
 def conv3x3_affine(x: Tensor, weight: Tensor, affine: Tensor, relu: bool, pool: bool) -> Tensor:
     """One step of :func:`conv_stack`: ``conv(x, weight) * scale + shift``, then ReLU and pool.
 

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from vgg_fast import plots
+from vgg_fast import plots, scaling
 from vgg_fast.peers import OURS
 from vgg_fast.plots import Row
 from vgg_fast.roofline import Ceilings
@@ -83,7 +83,7 @@ def page(results: Results) -> str:
             _layer_table(rows, results.ceilings),
             "</section>",
         ]
-    parts += [_left_out(results), _machine(results), "</main></html>"]
+    parts += [_scaling(results.whole), _left_out(results), _machine(results), "</main></html>"]
     return "\n".join(part for part in parts if part)
 
 
@@ -184,6 +184,25 @@ def _layer_table(rows: Sequence[Row], ceilings: Ceilings | None) -> str:
     columns += ["floor ms"] if ceilings else []
     columns += ["ratio to the best peer", "relative error"]
     return _table("Median milliseconds per image and layer", columns, lines)
+
+
+def _scaling(rows: Sequence[Row]) -> str:
+    found = scaling.summaries(rows)
+    if not found:
+        return ""
+    batches = list(dict.fromkeys(batch for each in found for batch in each.milliseconds))
+    lines = [
+        [each.precision, escape(plots.title(each.contestant)), f"{each.speedup:.2f}"]
+        + [f"{each.milliseconds[batch]:.2f}" if batch in each.milliseconds else "" for batch in batches]
+        + [f"{each.growth:.3f}"]
+        for each in found
+    ]
+    columns = ["precision", "contestant", "1 thread / all", *(f"batch {batch}" for batch in batches), "growth"]
+    caption = (
+        "Time with one thread over that with all; median ms per image by batch; the largest over that of a smaller"
+    )
+    ours = [each.contestant == OURS for each in found]
+    return f"<section><h2>Threads and batches</h2>{_table(caption, columns, lines, ours)}</section>"
 
 
 def _left_out(results: Results) -> str:

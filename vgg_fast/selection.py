@@ -10,7 +10,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -127,21 +127,29 @@ def cpu_kernels() -> list[str]:
     return [] if library.missing("_C") else torch.ops.vgg_fast.cpu_kernels().split()
 
 
+def linear_kernels() -> list[str]:
+    """Names of the compiled CPU kernels for fully connected layers, best first; empty without the compiled library."""
+    return [] if library.missing("_C") else torch.ops.vgg_fast.cpu_linear_kernels().split()
+
+
 _RUNGS = {"ieee": "highest", "tf32": "high", "bf16": "medium"}
 
 
-def float32_precision() -> str:
-    """``highest``, ``high`` or ``medium``: what PyTorch's settings ask of fp32 convolutions on the CPU.
+def float32_precision(of: str = "conv") -> str:
+    """``highest``, ``high`` or ``medium``: what PyTorch's settings ask of fp32 on the CPU.
 
     ``torch.backends.mkldnn.conv.fp32_precision`` where it is set (ieee, tf32 or bf16; it inherits from
     ``torch.backends.fp32_precision``), else ``torch.get_float32_matmul_precision()``.
+
+    Args:
+        of: ``conv``, or ``matmul`` for fully connected layers: the setting of ``torch.backends.mkldnn`` that counts.
 
     Example:
         >>> float32_precision()
         'highest'
     """
-    convolution = torch.backends.mkldnn.conv.fp32_precision  # type: ignore[attr-defined]
-    return _RUNGS.get(convolution) or torch.get_float32_matmul_precision()
+    own = getattr(torch.backends.mkldnn, of).fp32_precision
+    return _RUNGS.get(own) or torch.get_float32_matmul_precision()
 
 
 def problem_on(dtype: torch.dtype, device: torch.device) -> Problem:
@@ -168,6 +176,41 @@ def choose(dtype: torch.dtype, device: torch.device, backend: str = "auto") -> s
 @functools.lru_cache(maxsize=256)
 def _choose(dtype: torch.dtype, device: torch.device, backend: str, isa: str | None, precision: str) -> str:
     return select(problem_on(dtype, device), backend)
+
+
+def select_linear(problem: Problem, backend: str = "auto") -> str:
+    """Name of the kernel that runs a fully connected layer; arguments as :func:`select`.
+
+    Only the CPU has such kernels; ``reference`` stands for PyTorch's own elsewhere. A kernel of the convolutions that
+    fully connected layers have not leaves the choice open.
+
+    Raises:
+        RuntimeError: the kernel named cannot run the problem.
+
+    Example:
+        >>> select_linear(Problem(torch.float64, "cpu", "avx2 fma f16c"))
+        'reference'
+    """
+    if backend in BACKENDS and backend != "cpu":
+        return REFERENCE
+    reasons = _cpu_unsupported(problem)
+    if reasons and backend == "auto":
+        return REFERENCE
+    if reasons:
+        raise RuntimeError(f"backend {backend!r} cannot run this: {'; '.join(reasons)}")
+    name = backend if backend in linear_kernels() else "auto"
+    dtype, precision = _DTYPES[problem.dtype], problem.precision
+    return torch.ops.vgg_fast.cpu_linear_select(dtype, precision, name, problem.architecture)
+
+
+def choose_linear(dtype: torch.dtype, device: torch.device, backend: str = "auto") -> str:
+    """:func:`select_linear` for this machine; cheap to call again."""
+    return _choose_linear(dtype, device, backend, os.environ.get("VGG_FAST_ISA"), float32_precision("matmul"))
+
+
+@functools.lru_cache(maxsize=256)
+def _choose_linear(dtype: torch.dtype, device: torch.device, backend: str, isa: str | None, precision: str) -> str:
+    return select_linear(replace(problem_on(dtype, device), precision=precision), backend)
 
 
 def why_reference(dtype: torch.dtype, device: torch.device) -> str:

@@ -21,10 +21,10 @@ from torch.nn.modules import module as _module
 from torch.utils._device import DeviceContext
 
 import vgg_fast.ops  # noqa: F401  (declares torch.ops.vgg_fast)
-from vgg_fast import selection, training
-from vgg_fast.chains import Chain, Plain, Plan, output_channels_last
+from vgg_fast import linear_chains, selection, training
+from vgg_fast.chains import Chain, LinearChain, Plain, Plan, output_channels_last
 from vgg_fast.ops._layout import suggests_channels_last
-from vgg_fast.packs import DTYPES, Pack, PackCache
+from vgg_fast.packs import DTYPES, Pack, PackCache, Packed
 
 _STATE = "_vgg_fast_state"  # plan and packed weights, in the container's __dict__; never copied, pickled or saved
 _BACKEND = "_vgg_fast_backend"  # the backend asked for, absent for "auto"; copied and pickled like any attribute
@@ -131,6 +131,12 @@ def drop_cache(container: FusedSequential) -> None:
     container.__dict__.pop(_STATE, None)
 
 
+def packed_weights(container: FusedSequential) -> list[Packed[Any]]:
+    """The packed weights that the container keeps at this moment."""
+    state = container.__dict__.get(_STATE)
+    return [] if state is None else list(state.packs)
+
+
 def set_backend(container: FusedSequential, backend: str) -> None:
     """Which backend or kernel the container has to use; ``auto`` leaves the choice to :mod:`vgg_fast.selection`."""
     if backend == "auto":
@@ -188,7 +194,9 @@ def _note(container: FusedSequential, start: int, stop: int, reason: str, kernel
             recording.append(segment)
 
 
-def _run_chain(container: FusedSequential, state: _State, plan: Plan, chain: Chain, x: Any) -> Tensor | str:
+def _run_chain(
+    container: FusedSequential, state: _State, plan: Plan, chain: Chain | LinearChain, x: Any
+) -> Tensor | str:
     """The output of the chain, or the reason why its children have to run one by one."""
     reason = _context_reason() or _input_reason(x, chain)
     if reason is not None:
@@ -198,21 +206,33 @@ def _run_chain(container: FusedSequential, state: _State, plan: Plan, chain: Cha
     if tensors is None:
         state.plan = None
         return "a parameter came or went since the children were parsed"
+    gradients = torch.is_grad_enabled() and torch._C._any_requires_grad(x, *tensors)
+    if gradients and isinstance(chain, LinearChain):
+        return "gradients are on and the input or a parameter requires them; use torch.no_grad() or inference_mode()"
     device = x.device
     autocast = device.type in _AUTOCAST and torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else x.dtype
     backend = container.__dict__.get(_BACKEND, "auto")
     if x.dtype not in DTYPES and (autocast or backend == "auto"):
         return f"{x.dtype} is not fused"
+    limit = 2 * len(plan.sources) + 2
+    if isinstance(chain, LinearChain):
+        with torch.autocast(device.type, enabled=False) if autocast else contextlib.nullcontext():
+            ran = linear_chains.run(chain, sources, tensors, x, dtype, autocast, backend, state.packs, limit)
+        if isinstance(ran, str):
+            return ran
+        y, kernel = ran
+        _note(container, chain.start, chain.stop, "", kernel)
+        return y
     kernel = selection.choose(dtype, device, backend)
     if kernel == selection.REFERENCE:
         if backend != "auto":
             return "backend 'reference' was asked for"
         # The full answer looks around the installation, which takes longer than a small convolution.
         return selection.why_reference(dtype, device) if _recordings else "there is no fused kernel"
-    if chain.batch or (torch.is_grad_enabled() and torch._C._any_requires_grad(x, *tensors)):
+    if chain.batch or gradients:
         return _run_trainable(container, state, plan, chain, x, kernel, dtype, autocast)
-    pack = state.packs.get(chain, sources, tensors, kernel, dtype, autocast, limit=2 * len(plan.sources) + 2)
+    pack = state.packs.get(chain, sources, tensors, kernel, dtype, autocast, limit)
     if isinstance(pack, str):
         return pack
     if device != pack.device or x.shape[1] != pack.channels[0]:
@@ -272,10 +292,14 @@ def _replaceable() -> tuple[Any, ...]:
         nn.BatchNorm2d.forward,
         nn.ReLU.forward,
         nn.MaxPool2d.forward,
+        nn.Linear.forward,
+        nn.Dropout.forward,
         F.conv2d,
         F.batch_norm,
         F.relu,
         F.max_pool2d,
+        F.linear,
+        F.dropout,
     )
 
 
@@ -307,11 +331,13 @@ def _only_device_contexts() -> bool:
     return all(type(torch._C._get_function_stack_at(i)) is DeviceContext for i in range(count))
 
 
-def _input_reason(x: Any, chain: Chain) -> str | None:
+def _input_reason(x: Any, chain: Chain | LinearChain) -> str | None:
     if type(x) is not Tensor and type(x) is not nn.Parameter:
         return f"the input is a {type(x).__name__}, not a plain Tensor"
     if x.layout is not torch.strided or x.is_nested:
         return f"the input's layout is not dense ({x.layout}, nested={x.is_nested})"
+    if isinstance(chain, LinearChain):
+        return linear_chains.input_reason(x)
     if x.dim() != 4:
         return f"the input has {x.dim()} dimensions, fused: 4"
     _, channels, height, width = x.shape

@@ -53,6 +53,19 @@ def shape(name: str) -> Shape:
     return next(s for s in SHAPES if s.name == name)
 
 
+# Fully connected layers: images, inputs, outputs.
+LINEARS = {
+    "one_image": (1, 4096, 40),
+    "nothing_divides": (5, 37, 53),
+    "one_input": (2, 1, 17),
+    "one_output": (3, 100, 1),
+    "a_row_past_a_tile": (17, 64, 33),  # and an image past a block of 16
+    "many_images": (131, 70, 40),  # more than one pass over the weights
+    "parts": (4, 2100, 9),  # three partial sums and a tail
+    "no_inputs": (2, 0, 5),
+}
+
+
 def integer_tensor(*size: int, limit: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Random integers in [-limit, limit]: sums stay exact, so every order of summation gives the same bits.
 
@@ -81,6 +94,32 @@ def conv_inputs(s: Shape, dtype: torch.dtype = torch.float32, integers: bool = F
         return x, weight, bias
     x, weight, bias = (random_tensor(*size, seed=i) for i, size in enumerate(sizes))
     return x.to(dtype), (weight * (2.0 / (9 * s.cin)) ** 0.5).to(dtype), bias.to(dtype)
+
+
+def linear_inputs(name: str, dtype: torch.dtype = torch.float32, integers: bool = False) -> tuple[Tensor, ...]:
+    """``(x, weight, bias)`` of :data:`LINEARS`: random with the scale of a trained network, or small integers."""
+    images, inputs, outputs = LINEARS[name]
+    sizes = ((images, inputs), (outputs, inputs), (outputs,))
+    if integers:
+        limits = (4, 2, 4)
+        return tuple(
+            integer_tensor(*size, limit=limit, seed=i, dtype=dtype)
+            for i, (size, limit) in enumerate(zip(sizes, limits, strict=True))
+        )
+    x, weight, bias = (random_tensor(*size, seed=i) for i, size in enumerate(sizes))
+    return x.to(dtype), (weight / max(inputs, 1) ** 0.5).to(dtype), bias.to(dtype)
+
+
+# Relative error of a product of fp32 values as a kernel reads them: rounding to bf16 is off by 2^-8 at most, to 24 bits
+# (weights only) by 2^-16. bf16 and fp16 tensors are read as they are.
+_LINEAR_OPERANDS = {"amx_bf16": 2 * 2.0**-8 + 2.0**-16, "avx512_f24": 2.0**-16}
+
+
+def linear_bound(x: Tensor, weight: Tensor, bias: Tensor, kernel: str) -> Tensor:
+    """Elementwise error bound of ``linear`` with fp32 accumulation and one rounding at the end, in float64."""
+    magnitude = F.linear(x.double().abs(), weight.double().abs(), bias.double().abs())
+    operands = _LINEAR_OPERANDS.get(kernel, 0.0) if x.dtype == torch.float32 else 0.0
+    return magnitude * (operands + (x.shape[1] + 1) * 2.0**-24 + torch.finfo(x.dtype).eps / 2)
 
 
 # Relative error of one product. Rounding to bf16 is off by u = 2^-8 at most, the sum of k bf16 values by u^k; three

@@ -8,6 +8,7 @@ itself: a similarity over a whole map would not see one wrong corner.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ class Ops:
     maxpool2x2: Callable[..., Tensor] = ops.maxpool2x2.maxpool2x2
     pack: Callable[..., tuple[Tensor, Tensor]] = torch.ops.vgg_fast.pack
     conv_stack: Callable[..., Tensor] = torch.ops.vgg_fast.conv_stack
+    linear: Callable[..., Tensor] = torch.ops.vgg_fast.linear
 
 
 @dataclass
@@ -43,7 +45,7 @@ class Row:
     """What became of one op on one kernel in one dtype.
 
     Attributes:
-        op: ``conv3x3``, ``conv_stack`` (with ``pack``) or ``maxpool2x2``.
+        op: ``conv3x3``, ``conv_stack`` (with ``pack``), ``maxpool2x2`` or ``linear``.
         kernel: the kernel that was named in the call.
         dtype: as ``float32``.
         problems: how many results were judged.
@@ -120,7 +122,7 @@ def kernels(device: str) -> list[str]:
     """Names of the kernels that ``device`` (``cpu`` or ``cuda``) may have; which of them run here is another matter."""
     if device == "cuda":
         return ["triton", "cuda"]
-    return selection.cpu_kernels() or [selection.REFERENCE]
+    return list(dict.fromkeys(selection.cpu_kernels() + selection.linear_kernels())) or [selection.REFERENCE]
 
 
 def verify(
@@ -166,6 +168,10 @@ def verify(
         pool = Row("maxpool2x2", "reference" if where.type == "cpu" and library.missing("_C") else where.type, name)
         pairs = []
         for kernel in only or names:
+            if where.type == "cpu" and kernel in selection.linear_kernels():
+                rows.append(_check_linear(checked, dtype, where, kernel))
+            if where.type == "cpu" and kernel not in (selection.cpu_kernels() or names):
+                continue  # a kernel of fully connected layers only
             absent = _absent(dtype, where, kernel)
             conv, stack = (Row(op, kernel, name, absent=absent) for op in ("conv3x3", "conv_stack"))
             rows += [conv, stack]
@@ -327,6 +333,28 @@ def _check_chain(checked: Ops, shape: testing.Shape, dtype: torch.dtype, device:
     for i, step in enumerate(program):
         x = checked.conv_stack(x, weights[i : i + 1], affines[i : i + 1], [step], row.kernel, False)
     row.equal(chain, x.cpu(), f"{shape.name} chain of three against its steps")
+
+
+def _check_linear(checked: Ops, dtype: torch.dtype, device: torch.device, kernel: str) -> Row:
+    row = Row("linear", kernel, _name(dtype))
+    try:
+        selection.choose_linear(dtype, device, kernel)
+    except RuntimeError as error:
+        row.absent = str(error).splitlines()[0]
+        return row
+    for name, integers, relu in itertools.product(testing.LINEARS, (True, False), (False, True)):
+        x, weight, bias = testing.linear_inputs(name, dtype, integers)
+        what = f"{name}, {'integers' if integers else 'random'}, relu={relu}"
+        with row.attempt(what):
+            packs = dtype == torch.float32 and kernel in ops.linear.PACKING
+            packed = torch.ops.vgg_fast.linear_pack(weight, kernel) if packs else weight
+            actual = checked.linear(x, packed, bias, relu, kernel)
+            expected = reference.linear(x.double(), weight.double(), bias.double(), relu)
+            if integers:
+                row.equal(actual, expected.to(dtype), what)
+            else:
+                row.within(actual, expected, testing.linear_bound(x, weight, bias, kernel), what)
+    return row
 
 
 def _check_maxpool(checked: Ops, shape: testing.Shape, dtype: torch.dtype, device: torch.device, row: Row) -> None:

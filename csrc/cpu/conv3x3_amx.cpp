@@ -69,12 +69,22 @@ struct Block {
   float* sums;  // [2][kTile][kGroup]
 };
 
+// Lines to be fetched into L2, some with every tap.
+struct Prefetch {
+  const char* line;
+  int64_t per_tap;
+
+  VGG_TARGET void fetch() {
+    for (int64_t i = 0; i < per_tap; ++i, line += kLine) _mm_prefetch(line, _MM_HINT_T1);
+  }
+};
+
 // Raw accumulators of a block. Loads come in pairs, then four products: interleaving them was measured to be slower
 // (docs/performance.md). kUsed of the kParts parts are multiplied. `meanwhile` is called while many products are under
 // way: what it does costs next to nothing.
 template <int kParts, int kUsed, int kTapsPerBlock, class Meanwhile>
 VGG_TARGET inline void accumulate_tiles(const Conv3x3Args& a, const Block& block, const uint32_t* weight, float* out,
-                                        const Meanwhile& meanwhile) {
+                                        const Meanwhile& meanwhile, Prefetch next) {
   const int64_t row = (a.w + 2) * kLine, plane = a.x_plane, below = block.below;
   constexpr int64_t kPart = kTapsPerBlock * kTileWords;
   _tile_zero(0);
@@ -88,6 +98,7 @@ VGG_TARGET inline void accumulate_tiles(const Conv3x3Args& a, const Block& block
       const char* pixels = x + (tap / 3) * row + (tap % 3) * kLine;
       const uint32_t* w = weight + tap * kTileWords;
       load_x(pixels, below);
+      next.fetch();
       if constexpr (kUsed == 1) {
         load_weight(w);
         multiply();
@@ -141,7 +152,7 @@ VGG_TARGET inline void repair_not_finite(const Conv3x3Args& a, const Block& bloc
   _tile_stored(1, under_way[1], kTile * 4);
   _tile_stored(2, under_way[2], kTile * 4);
   _tile_stored(3, under_way[3], kTile * 4);
-  accumulate_tiles<kParts, 1, kTapsPerBlock>(a, block, weight, first, [] {});
+  accumulate_tiles<kParts, 1, kTapsPerBlock>(a, block, weight, first, [] {}, {});
   _tile_loadd(0, under_way[0], kTile * 4);
   _tile_loadd(1, under_way[1], kTile * 4);
   _tile_loadd(2, under_way[2], kTile * 4);
@@ -171,6 +182,8 @@ VGG_TARGET inline void conv3x3_tiles(const Conv3x3Args& a, int64_t group, int64_
                           kTile * kGroup);
   };
   float* sums = scratch;
+  const int64_t taps = a.cin_blocks * kTapsPerBlock, blocks = ceil_div(row_end - row_begin, 2) * tiles;
+  Prefetch next{a.next, ceil_div(a.next_lines, blocks * taps)};
   for (int64_t row = row_begin; row < row_end; row += 2) {
     for (int64_t column = 0; column < a.w; column += columns) {
       const Block block{a.x + row * pitch + column * kLine,
@@ -179,7 +192,8 @@ VGG_TARGET inline void conv3x3_tiles(const Conv3x3Args& a, int64_t group, int64_
                         column,
                         std::min(columns, a.w - column),
                         sums};
-      accumulate_tiles<kParts, kParts, kTapsPerBlock>(a, block, weight, sums, finish);
+      accumulate_tiles<kParts, kParts, kTapsPerBlock>(a, block, weight, sums, finish, next);
+      next.line += next.per_tap * taps * kLine;
       before = block;
       sums = sums == scratch ? scratch + kSums : scratch;
     }

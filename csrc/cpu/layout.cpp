@@ -2,6 +2,9 @@
 
 #include <algorithm>
 #include <cstring>
+#include <tuple>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "convert.h"
@@ -30,14 +33,69 @@ struct Element<DType::f16> {
   static void store(uint16_t* p, float v) { *p = float_to_f16(v); }
 };
 
+// The lower or the upper halves of two vectors, element by element in turns.
+template <class V, class Index>
+V interleave(V a, V b, Index index) {
+#if defined(__clang__)
+  V result;
+  constexpr int kN = sizeof(V) / sizeof(a[0]);
+  for (int i = 0; i < kN; ++i) result[i] = index[i] < kN ? a[index[i]] : b[index[i] - kN];
+  return result;
+#else
+  return __builtin_shuffle(a, b, index);
+#endif
+}
+
+// to[c * to_column + r] = from[r * from_row + c] for whole tiles of one 16-byte vector squared; returns how many rows
+// and columns these cover. Between NCHW and channels next to each other, where single elements would take longer than
+// many a convolution.
+template <class T>
+std::pair<int64_t, int64_t> transpose_tiles(const T* from, int64_t from_row, T* to, int64_t to_column, int64_t rows,
+                                            int64_t columns) {
+  constexpr int kN = 16 / sizeof(T);
+  typedef T V __attribute__((vector_size(16), aligned(sizeof(T)), may_alias));
+  using Int = std::conditional_t<sizeof(T) == 4, int32_t, int16_t>;
+  typedef Int Index __attribute__((vector_size(16)));
+  Index low, high;
+  for (int i = 0; i < kN; ++i) {
+    low[i] = Int(i / 2 + i % 2 * kN);
+    high[i] = Int(low[i] + kN / 2);
+  }
+  rows = rows / kN * kN;
+  columns = columns / kN * kN;
+  for (int64_t r = 0; r < rows; r += kN) {
+    for (int64_t c = 0; c < columns; c += kN) {
+      V tile[kN], shuffled[kN];
+      for (int i = 0; i < kN; ++i) tile[i] = *reinterpret_cast<const V*>(from + (r + i) * from_row + c);
+      for (int step = 1; step < kN; step *= 2) {  // log2(kN) perfect shuffles make a transposition
+        for (int i = 0; i < kN / 2; ++i) {
+          shuffled[2 * i] = interleave(tile[i], tile[i + kN / 2], low);
+          shuffled[2 * i + 1] = interleave(tile[i], tile[i + kN / 2], high);
+        }
+        std::copy_n(shuffled, kN, tile);
+      }
+      for (int i = 0; i < kN; ++i) *reinterpret_cast<V*>(to + (c + i) * to_column + r) = tile[i];
+    }
+  }
+  return {rows, columns};
+}
+
 // A plane of rows x columns elements, converted; equal types are copied bit by bit.
 template <DType kFrom, DType kTo>
 void copy_plane(const char* from, int64_t from_row, int64_t from_column, char* to, int64_t to_row, int64_t to_column,
                 int64_t rows, int64_t columns) {
   auto* source = reinterpret_cast<const typename Element<kFrom>::Type*>(from);
   auto* target = reinterpret_cast<typename Element<kTo>::Type*>(to);
+  int64_t done_rows = 0, done_columns = 0;
+  if constexpr (kFrom == kTo) {
+    if (from_column == 1 && to_row == 1) {
+      std::tie(done_rows, done_columns) = transpose_tiles(source, from_row, target, to_column, rows, columns);
+    } else if (from_row == 1 && to_column == 1) {
+      std::tie(done_columns, done_rows) = transpose_tiles(source, from_column, target, to_row, columns, rows);
+    }
+  }
   for (int64_t r = 0; r < rows; ++r, source += from_row, target += to_row) {
-    for (int64_t c = 0; c < columns; ++c) {
+    for (int64_t c = r < done_rows ? done_columns : 0; c < columns; ++c) {
       if constexpr (kFrom == kTo) {
         target[c * to_column] = source[c * from_column];
       } else {

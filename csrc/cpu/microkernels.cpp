@@ -17,20 +17,19 @@ namespace vgg_fast {
 namespace {
 
 constexpr MicroKernel kTable[] = {
-#define MICROKERNEL(name, cap, flags, compute, parts, error, group, rows, im2col) \
-  {#name, cap, flags, DType::compute, parts, Precision::error, group, rows, im2col, conv3x3_##name, nullptr, nullptr},
-#define MICROKERNEL_WINOGRAD(name, cap, flags, group) \
-  {#name,                                             \
-   cap,                                               \
-   flags,                                             \
-   DType::f32,                                        \
-   1,                                                 \
-   Precision::highest,                                \
-   group,                                             \
-   2,                                                 \
-   false,                                             \
-   conv3x3_##name,                                    \
-   winograd_prepare_##name,                           \
+#define MICROKERNEL(name, flags, compute, parts, error, group, rows, im2col) \
+  {#name, flags, DType::compute, parts, Precision::error, group, rows, im2col, conv3x3_##name, nullptr, nullptr},
+#define MICROKERNEL_WINOGRAD(name, flags, group) \
+  {#name,                                        \
+   flags,                                        \
+   DType::f32,                                   \
+   1,                                            \
+   Precision::highest,                           \
+   group,                                        \
+   2,                                            \
+   false,                                        \
+   conv3x3_##name,                               \
+   winograd_prepare_##name,                      \
    winograd_run_##name},
 #include "microkernels.inc"
 #undef MICROKERNEL_WINOGRAD
@@ -48,16 +47,6 @@ size_t cap_level(const std::string& cap) {
 
 bool contains(const std::string& flags, const std::string& flag) {
   return (" " + flags + " ").find(" " + flag + " ") != std::string::npos;
-}
-
-// Blank-separated flags of `wanted` that `flags` lacks.
-std::string missing(const std::string& wanted, const std::string& flags) {
-  std::istringstream stream(wanted);
-  std::string result;
-  for (std::string flag; stream >> flag;) {
-    if (!contains(flags, flag)) result += (result.empty() ? "" : " ") + flag;
-  }
-  return result;
 }
 
 // Winograd's error, though far below a rounding of bf16 or fp16, tips some of those roundings the other way: results in
@@ -105,6 +94,15 @@ std::string detect() { return ""; }
 
 }  // namespace
 
+std::string missing_flags(const std::string& wanted, const std::string& flags) {
+  std::istringstream stream(wanted);
+  std::string result;
+  for (std::string flag; stream >> flag;) {
+    if (!contains(flags, flag)) result += (result.empty() ? "" : " ") + flag;
+  }
+  return result;
+}
+
 const MicroKernel* microkernels_begin() { return std::begin(kTable); }
 const MicroKernel* microkernels_end() { return std::end(kTable); }
 
@@ -124,7 +122,7 @@ std::string cpu_flags() {
 
 const MicroKernel& select_microkernel(DType dtype, Precision precision, const std::string& flags) {
   for (const MicroKernel& kernel : kTable) {
-    if (good_enough(kernel, dtype, precision) && missing(kernel.flags, flags).empty()) return kernel;
+    if (good_enough(kernel, dtype, precision) && missing_flags(kernel.flags, flags).empty()) return kernel;
   }
   throw std::logic_error("the portable micro-kernel takes everything");
 }
@@ -144,7 +142,7 @@ const MicroKernel& find_microkernel(const std::string& name, DType dtype, Precis
       throw std::runtime_error("kernel '" + name + "' multiplies single bf16 values, which cannot hold fp16 tensors; " +
                                "convert them to bf16, or take kernel amx_bf16x3, avx512_f32 or auto");
     }
-    const std::string lacking = missing(kernel.flags, flags);
+    const std::string lacking = missing_flags(kernel.flags, flags);
     if (lacking.empty()) return kernel;
     throw std::runtime_error("kernel '" + name + "' needs the CPU flags '" + lacking +
                              "', which this machine lacks or VGG_FAST_ISA forbids");
@@ -155,7 +153,7 @@ const MicroKernel& find_microkernel(const std::string& name, DType dtype, Precis
 const Passes& select_passes(const std::string& flags) {
 #if defined(__x86_64__)
   for (const Passes* passes : {&kPassesAvx512, &kPassesAvx2}) {
-    if (missing(passes->flags, flags).empty()) return *passes;
+    if (missing_flags(passes->flags, flags).empty()) return *passes;
   }
 #endif
   return kPassesPortable;

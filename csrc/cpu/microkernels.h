@@ -2,7 +2,7 @@
 #pragma once
 #include <string>
 
-#include "../conv3x3.h"
+#include "../linear.h"
 
 namespace vgg_fast {
 
@@ -18,5 +18,12 @@ const MicroKernel& select_microkernel(DType dtype, Precision precision, const st
 // Raises std::runtime_error naming the reasons otherwise.
 const MicroKernel& find_microkernel(const std::string& name, DType dtype, Precision precision,
                                     const std::string& flags);
+
+// The same for the kernels of fully connected layers.
+const LinearKernel& find_linear_kernel(const std::string& name, DType dtype, Precision precision,
+                                       const std::string& flags);
+
+// Blank-separated flags of `wanted` that `flags` lacks.
+std::string missing_flags(const std::string& wanted, const std::string& flags);
 
 }  // namespace vgg_fast

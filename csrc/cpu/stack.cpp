@@ -10,8 +10,8 @@ namespace vgg_fast {
 namespace {
 
 // Convolution rows of the second layer that a strip holds: a multiple of Winograd's tiles, and few enough for the maps
-// of a strip of a 224-wide image (0.5 MB) to stay in L2.
-constexpr int64_t kStripRows = 16;
+// of a strip of a 224-wide image (0.3 MB in bf16) to stay in L2.
+constexpr int64_t kStripRows = 8;
 // A map that fits into this is not worth computing strip by strip.
 constexpr int64_t kSmallMap = 1 << 19;
 // Two of a strip's rows of the first layer are computed for the neighbouring strip once more: that must be little of
@@ -43,7 +43,14 @@ void copy_image(const Image& from, const Image& to) {
 
 Stack::Stack(const MicroKernel& kernel, DType dtype, std::vector<Layer> layers, bool channels_last, int64_t threads)
     : kernel_(kernel), dtype_(dtype), layers_(std::move(layers)), channels_last_(channels_last), threads_(threads) {
-  size_buffers();
+  for (size_t i = strips() ? 1 : 0; i < layers_.size(); ++i) {
+    const Buffers b = buffers(i);
+    workspace_bytes_ = std::max(workspace_bytes_, b.in + b.out + b.shared + b.staging);
+    // An image that the next layer's map is made from is still there.
+    if (i + 1 < layers_.size() && leaves_image(i)) {
+      workspace_bytes_ = std::max(workspace_bytes_, b.out + buffers(i + 1).in);
+    }
+  }
 }
 
 // Whether layer i leaves an image [h][w][lanes] behind instead of the next layer's map: the last one does where it
@@ -75,31 +82,25 @@ bool Stack::strips() const {
          map_bytes(planes(first), first.out_h(), first.out_w()) > kSmallMap;
 }
 
-// The two maps take turns; an image passes through the buffer of the other one.
-void Stack::size_buffers() {
-  const Layer& first = layers_[0];
-  int64_t in = strips() ? 0 : map_bytes(kernel_.cin_blocks(first.cin) * kernel_.parts, first.h, first.w), out = 0;
-  bool swapped = false;
-  for (size_t i = strips() ? 1 : 0; i < layers_.size(); ++i) {
-    const Layer& layer = layers_[i];
-    const int64_t h = layer.out_h(), w = layer.out_w(), pixel = lanes(layer) * element_size(dtype_);
-    if (layer.tap && !writes_directly(layer)) {
-      staging_bytes_ = std::max(staging_bytes_, lines(layer.h * layer.w * pixel));
-    }
-    if (winograd(layer)) {
-      shared_bytes_ = std::max(shared_bytes_, plan(layer).shared_floats() * int64_t{sizeof(float)});
-    }
-    if (leaves_image(i)) {
-      out = std::max(out, lines(h * w * pixel));
-      if (i + 1 < layers_.size()) in = std::max(in, map_bytes(kernel_.parts, h, w));
-    } else if (i + 1 < layers_.size()) {
-      out = std::max(out, map_bytes(planes(layer), h, w));
-      std::swap(in, out);
-      swapped = !swapped;
-    }
+// What layer i needs of the workspace: its map, what it leaves behind, what its threads share, and a tap on its way
+// out.
+Stack::Buffers Stack::buffers(size_t i) const {
+  const Layer& layer = layers_[i];
+  const int64_t pixel = lanes(layer) * element_size(dtype_), h = layer.out_h(), w = layer.out_w();
+  Buffers b{};
+  if (i == 0 || leaves_image(i - 1)) {
+    b.in = map_bytes(kernel_.cin_blocks(layer.cin) * kernel_.parts, layer.h, layer.w);
+  } else if (i > 1 || !strips()) {
+    b.in = map_bytes(planes(layers_[i - 1]), layer.h, layer.w);
   }
-  in_bytes_ = swapped ? out : in;
-  out_bytes_ = swapped ? in : out;
+  if (leaves_image(i)) {
+    b.out = lines(h * w * pixel);
+  } else if (i + 1 < layers_.size()) {
+    b.out = map_bytes(planes(layer), h, w);
+  }
+  if (winograd(layer)) b.shared = plan(layer).shared_floats() * int64_t{sizeof(float)};
+  if (layer.tap && !writes_directly(layer)) b.staging = lines(layer.h * layer.w * pixel);
+  return b;
 }
 
 Conv3x3Args Stack::arguments(const Layer& layer) const {
@@ -180,14 +181,22 @@ void Stack::run_layer(const Layer& layer, const Conv3x3Args& args, char* shared)
   // The pool drops an odd last row; its convolution need not be computed.
   const int64_t rows = layer.pool && !layer.tap ? layer.h / 2 * 2 : layer.h, chunks = ceil_div(rows, kernel_.rows);
   const int64_t groups = kernel_.groups(layer.cout);
-  const bool rows_outside = kernel_.weight_words(layer.cout, layer.cin) * 4 <= kResidentWeights;
+  const int64_t weight_bytes = kernel_.weight_words(layer.cout, layer.cin) * 4;
+  const int64_t share = ceil_div(weight_bytes / groups, chunks * kLine) * kLine;
+  const bool rows_outside = weight_bytes <= kResidentWeights;
   torch::stable::parallel_for(0, groups * chunks, 1, [&](int64_t begin, int64_t end) {
     const FlushDenormals mode;
     float* own = scratch_floats(kernel_.scratch_floats(layer.w));
+    Conv3x3Args unit_args = args;
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t group = rows_outside ? unit % groups : unit / chunks;
       const int64_t row = (rows_outside ? unit / groups : unit % chunks) * kernel_.rows;
-      kernel_.run(args, group, row, std::min(row + kernel_.rows, rows), own);
+      if (!rows_outside) {  // each chunk of a group fetches its share of the next group's weights
+        unit_args.next =
+            reinterpret_cast<const char*>(layer.weight) + (group + 1) * (weight_bytes / groups) + unit % chunks * share;
+        unit_args.next_lines = unit + chunks < end ? share / kLine : 0;
+      }
+      kernel_.run(unit_args, group, row, std::min(row + kernel_.rows, rows), own);
     }
   });
 }
@@ -267,26 +276,33 @@ void Stack::run_strips(const Image& x, const Conv3x3Args& args, char* shared) co
   });
 }
 
+// A layer's map lies at one end of the workspace, what it leaves behind at the other one; then the ends change places.
 void Stack::run(const Image& x, const Results& results, char* workspace) const {
-  char *in = workspace, *out = in + in_bytes_, *shared = out + out_bytes_, *staging = shared + shared_bytes_;
-  if (!strips()) fill(x, in);
+  char* const end = workspace + workspace_bytes_;
+  bool forward = true;
+  if (!strips()) fill(x, workspace);
   auto tap = results.taps.begin();
   for (size_t i = strips() ? 1 : 0; i < layers_.size(); ++i) {
     const Layer& layer = layers_[i];
     const bool last = i + 1 == layers_.size(), map = !last && !leaves_image(i);
+    const Buffers b = buffers(i);
+    char* in = forward ? workspace : end - b.in;
+    char* out = forward ? end - b.out : workspace;
+    char* shared = workspace + (forward ? b.in : b.out);
     Conv3x3Args args = arguments(layer);
     args.x = in;
     const Image image = leaves_image(i) ? staged(layer, out, layer.out_h(), layer.out_w()) : results.y;
     if (map) {
       const int64_t plane = (layer.out_h() + 2) * (layer.out_w() + 2) * kLine;
       args.y = map_output(layer, out, layer.out_h(), layer.out_w());
-      torch::stable::parallel_for(0, planes(layer), 1, [&](int64_t begin, int64_t end) {
-        for (int64_t p = begin; p < end; ++p) clear_border(out + p * plane, layer.out_h(), layer.out_w(), true, true);
+      torch::stable::parallel_for(0, planes(layer), 1, [&](int64_t first, int64_t stop) {
+        for (int64_t p = first; p < stop; ++p) clear_border(out + p * plane, layer.out_h(), layer.out_w(), true, true);
       });
     } else {
       args.y = image_output(image);
     }
-    const Image tapped = layer.tap && writes_directly(layer) ? *tap : staged(layer, staging, layer.h, layer.w);
+    const Image tapped =
+        layer.tap && writes_directly(layer) ? *tap : staged(layer, shared + b.shared, layer.h, layer.w);
     if (layer.tap) args.tap = image_output(tapped);
     if (i == 1 && strips()) {
       run_strips(x, args, shared);
@@ -296,13 +312,13 @@ void Stack::run(const Image& x, const Results& results, char* workspace) const {
     if (layer.tap && !writes_directly(layer)) copy_image(tapped, *tap);
     if (layer.tap) ++tap;
     if (map) {
-      std::swap(in, out);
+      forward = !forward;
     } else if (last && leaves_image(i)) {
       copy_image(image, results.y);
     } else if (!last) {
       Image next = image;
       next.c = layer.cout;
-      fill(next, in);
+      fill(next, forward ? workspace : end - buffers(i + 1).in);
     }
   }
 }

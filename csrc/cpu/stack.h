@@ -24,16 +24,16 @@ struct Results {
   Image y;
 };
 
-// Between the layers the activations stay in the blocked layout of conv3x3.h, in two buffers that take turns; only the
-// first layer reads PyTorch's layout and only results are written in it. Where the first two layers are large, the map
-// between them is never there as a whole: each thread computes it strip by strip, in its own cache.
+// Between the layers the activations stay in the blocked layout of conv3x3.h, at the two ends of one workspace; only
+// the first layer reads PyTorch's layout and only results are written in it. Where the first two layers are large, the
+// map between them is never there as a whole: each thread computes it strip by strip, in its own cache.
 class Stack {
  public:
   // Each result of channels_last memory and a multiple of 16 channels is written directly.
   Stack(const MicroKernel& kernel, DType dtype, std::vector<Layer> layers, bool channels_last, int64_t threads);
 
   // Bytes of the workspace of `run`, 64-byte aligned.
-  int64_t workspace_bytes() const { return in_bytes_ + out_bytes_ + shared_bytes_ + staging_bytes_; }
+  int64_t workspace_bytes() const { return workspace_bytes_; }
   // Shares the work among the threads of torch::stable::parallel_for, or runs alone when called inside of one.
   void run(const Image& x, const Results& results, char* workspace) const;
 
@@ -41,6 +41,10 @@ class Stack {
   struct Strip {
     int64_t top, bottom;           // rows
     int64_t unit_begin, unit_end;  // of the second layer's Winograd plan
+  };
+
+  struct Buffers {
+    int64_t in, out, shared, staging;
   };
 
   int64_t lanes(const Layer& layer) const { return kernel_.groups(layer.cout) * kernel_.group; }
@@ -51,7 +55,7 @@ class Stack {
   bool winograd(const Layer& layer) const;
   WinogradPlan plan(const Layer& layer) const;
   bool strips() const;
-  void size_buffers();
+  Buffers buffers(size_t i) const;
 
   Conv3x3Args arguments(const Layer& layer) const;
   Output map_output(const Layer& layer, char* map, int64_t h, int64_t w) const;
@@ -67,7 +71,7 @@ class Stack {
   std::vector<Layer> layers_;
   bool channels_last_;
   int64_t threads_;
-  int64_t in_bytes_ = 0, out_bytes_ = 0, shared_bytes_ = 0, staging_bytes_ = 0;
+  int64_t workspace_bytes_ = 0;
 };
 
 }  // namespace vgg_fast

@@ -38,6 +38,9 @@ std::string cpu_passes();
 Tensor conv3x3_weight_grad_cpu(const Tensor& x, const Tensor& dy, const Tensor& weight, const std::string& kernel);
 std::string cpu_weight_grad(const std::string& kernel, const std::string& dtype, int64_t n, int64_t cin, int64_t cout,
                             int64_t h, int64_t w);
+Tensor linear_cpu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool relu,
+                  const std::string& kernel);
+Tensor linear_pack_cpu(const Tensor& weight, const std::string& kernel);
 // The same with taps: those of the layers that have one, in order, and the last layer's result.
 std::vector<Tensor> conv_stack_taps_cpu(const Tensor& x, const std::vector<Tensor>& weights,
                                         const std::vector<Tensor>& affines, const std::vector<int64_t>& program,

@@ -75,7 +75,8 @@ struct WinogradPlan {
 inline WinogradPlan winograd_plan(int64_t h, int64_t w, int64_t cin_blocks, int64_t groups, int64_t group,
                                   int64_t threads) {
   constexpr int64_t kMostTiles = 56;
-  constexpr int64_t kHalfL2 = 1 << 18, kBand = 1 << 22;  // floats
+  constexpr int64_t kHalfL2 = 1 << 18;                                        // floats
+  const int64_t band = std::clamp<int64_t>(threads << 19, 1 << 20, 1 << 22);  // enough for every thread to have units
   WinogradPlan p{};
   p.group = group;
   p.groups = groups;
@@ -92,7 +93,7 @@ inline WinogradPlan winograd_plan(int64_t h, int64_t w, int64_t cin_blocks, int6
   p.share_weights = groups * kPlanes * p.u_plane(cin_blocks) <= 5 * kHalfL2 / 2 && p.chunks() >= groups;
   if (!p.share_weights) cut(kMostTiles);
   p.unit_chunks = std::min(p.chunks(), std::max<int64_t>(1, kUnitTiles / p.chunk_tiles));
-  p.band_chunks = std::max<int64_t>(1, kBand / (p.part_floats() * p.unit_chunks)) * p.unit_chunks;
+  p.band_chunks = std::max<int64_t>(1, band / (p.part_floats() * p.unit_chunks)) * p.unit_chunks;
   p.band_chunks = std::min(p.band_chunks, p.chunks());
   p.unit_groups = std::clamp<int64_t>(groups / threads, 1, kUnitChannels / group);
   return p;

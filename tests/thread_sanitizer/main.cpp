@@ -62,6 +62,17 @@ Tensor run(const Chain& chain, const MicroKernel& kernel, int64_t threads) {
   return maxpool2x2_cpu(y);
 }
 
+// Several units of rows, two passes over the weights, tails everywhere.
+Tensor run_linear(const LinearKernel& kernel, int64_t threads) {
+  torch::stable::num_threads = threads;
+  const ScalarType type = kernel.tiles ? ScalarType::BFloat16 : ScalarType::Float;
+  const Tensor x({133, 45}, type, false), weight({140, 45}, type, false), bias({140}, type, false);
+  fill(x, 1);
+  fill(weight, 2);
+  fill(bias, 3);
+  return linear_cpu(x, kernel.f24 ? linear_pack_cpu(weight, kernel.name) : weight, bias, true, kernel.name);
+}
+
 bool equal(const Tensor& a, const Tensor& b) {
   const int64_t size = a.scalar_type() == ScalarType::Float ? 4 : 2;
   return a.sizes() == b.sizes() && std::memcmp(a.const_data_ptr(), b.const_data_ptr(), a.numel() * size) == 0;
@@ -102,6 +113,18 @@ int main(int argc, char** argv) {
       failures += !same;
       std::printf("%-14s %s: %s\n", kernel->name, same ? "same bits" : "DIFFERENT BITS", chain.why);
     }
+  }
+  for (const LinearKernel* kernel = linear_kernels_begin(); kernel != linear_kernels_end(); ++kernel) {
+    if (!missing_flags(kernel->flags, cpu_flags()).empty()) continue;
+    const Tensor alone = run_linear(*kernel, 1);
+    std::vector<Tensor> results(2, alone);
+    std::thread first([&] { results[0] = run_linear(*kernel, 2); }),
+        second([&] { results[1] = run_linear(*kernel, 3); });
+    first.join();
+    second.join();
+    const bool same = equal(results[0], alone) && equal(results[1], alone);
+    failures += !same;
+    std::printf("linear %-14s %s\n", kernel->name, same ? "same bits" : "DIFFERENT BITS");
   }
   return failures != 0;
 }

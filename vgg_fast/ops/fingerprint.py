@@ -1,8 +1,9 @@
 """``vgg_fast::fingerprint``: a hash of what tensors hold, cheap enough to take before every forward pass.
 
 All of a tensor of up to 1024 elements; of a larger convolution weight one element at least of every filter and every
-input channel; of any other larger tensor 64 elements, evenly spread with both ends. So every update of whole filters or
-channels changes it. Single-element edits behind PyTorch's back can slip by; ``vgg_fast.refresh`` is for those.
+input channel, of a larger matrix one of every row and every column; of any other larger tensor 64 elements, evenly
+spread with both ends. So every update of whole filters, channels, rows or columns changes it. Single-element
+edits behind PyTorch's back can slip by; ``vgg_fast.refresh`` is for those.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ def _python(tensors: Sequence[Tensor]) -> int:
     samples = []
     for tensor in tensors:
         flat = tensor.detach().reshape(-1)
-        if flat.numel() > _WHOLE and tensor.dim() == 4:
+        if flat.numel() > _WHOLE and tensor.dim() == 2:
+            i = torch.arange(tensor.shape[0], device=flat.device)
+            flat = torch.cat([tensor.detach()[0], tensor.detach()[i, i % tensor.shape[1]]])
+        elif flat.numel() > _WHOLE and tensor.dim() == 4:
             i = torch.arange(max(tensor.shape[:2]), device=flat.device)
             filters, channels, height, width = tensor.shape
             tap = i % (height * width)

@@ -1,0 +1,154 @@
+"""The shipped kernels as launches on the virtual GPU: what tests, the mutation suite and the VGG16 script share."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import subprocess
+import tempfile
+from collections.abc import Callable
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.virtual_gpu.launch import Entry, launch, ptx_entry, triton_entry
+
+ROOT = Path(__file__).resolve().parents[2]
+CUDA = ROOT / "csrc" / "cuda"
+
+
+def channels_last(*size: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(size, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+
+def triton_conv3x3(
+    x: Tensor,
+    weight: Tensor,
+    affine: Tensor,
+    relu: bool = False,
+    pool: bool = False,
+    target: int = 80,
+    change: Callable[[Entry], Entry] = lambda entry: entry,
+    **options: Any,
+) -> Tensor:
+    """kernels/conv3x3.py on the virtual GPU; ``x`` channels_last, ``weight`` [Cout, 3, 3, Cin]."""
+    from vgg_fast.kernels import conv3x3
+
+    grid, arguments = triton_conv3x3_launch(x, weight, affine, relu, pool)
+    entry = change(triton_entry(conv3x3._conv3x3_kernel, arguments, target))
+    launch(entry, grid, arguments, outputs=["out_ptr"], **options)
+    return arguments["out_ptr"]
+
+
+def triton_conv3x3_launch(
+    x: Tensor, weight: Tensor, affine: Tensor, relu: bool, pool: bool
+) -> tuple[tuple[int], dict[str, Any]]:
+    """Grid and arguments, an output among them."""
+    from vgg_fast.kernels import conv3x3
+
+    (n, cin, h, w), cout = x.shape, weight.shape[0]
+    out = channels_last(n, cout, h // 2 if pool else h, w // 2 if pool else w, dtype=x.dtype)
+    constants = conv3x3.constants(x.dtype, cin, cout, relu, pool)
+    rows = out.numel() // cout * (4 if pool else 1)
+    grid = (-(-rows // constants["BM"]) * -(-cout // constants["BN"]),)
+    tensors = {"x_ptr": x, "weight_ptr": weight, "affine_ptr": affine, "out_ptr": out}
+    return grid, tensors | {"N": n, "H": h, "W": w} | constants
+
+
+def triton_maxpool2x2(x: Tensor, target: int = 80, **options: Any) -> Tensor:
+    """kernels/maxpool2x2.py; ``x`` channels_last."""
+    from vgg_fast.kernels import maxpool2x2
+
+    n, c, h, w = x.shape
+    out = channels_last(n, c, h // 2, w // 2, dtype=x.dtype)
+    constants, rows = maxpool2x2.constants(c), out.numel() // c
+    grid = (-(-rows // constants["BR"]) * -(-c // constants["BC"]),)
+    arguments = {"x_ptr": x, "out_ptr": out, "ROWS": rows, "H": h, "W": w} | constants
+    launch(maxpool2x2._maxpool2x2_kernel, grid, arguments, outputs=["out_ptr"], target=target, **options)
+    return out
+
+
+# csrc/cuda. The structures are those of the headers beside the kernels.
+
+DTYPES = {torch.float32: (0, "If"), torch.float16: (1, "I6__half"), torch.bfloat16: (2, "I13__nv_bfloat16")}
+
+
+class Conv3x3Args(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "affine", "out")),
+        *((name, ctypes.c_int64) for name in ("n", "h", "w", "cin", "cout")),
+        ("dtype", ctypes.c_int),
+        ("relu", ctypes.c_bool),
+        ("pool", ctypes.c_bool),
+    ]
+
+
+class Maxpool2x2Args(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "out")),
+        *((name, ctypes.c_int64) for name in ("n", "h", "w", "c")),
+        ("dtype", ctypes.c_int),
+    ]
+
+
+def find_nvcc() -> Path | None:
+    """As csrc/cuda/build.py finds it."""
+    spec = util.spec_from_file_location("build_cuda", CUDA / "build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.find_nvcc()
+
+
+@functools.cache
+def nvcc_ptx(source: Path, architecture: str) -> str:
+    """PTX of one .cu with source lines, for ``80`` or ``90a``.
+
+    Raises:
+        FileNotFoundError: without nvcc.
+    """
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise FileNotFoundError("nvcc: see csrc/cuda/build.py for where it is looked for")
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "kernel.ptx"
+        options = ["-std=c++17", "-O3", "-lineinfo", "-ptx", f"-arch=compute_{architecture}", "-I", str(CUDA)]
+        subprocess.run([nvcc, *options, "-o", str(target), str(source)], check=True)
+        return target.read_text()
+
+
+def cuda_conv3x3(
+    x: Tensor,
+    weight: Tensor,
+    affine: Tensor,
+    relu: bool = False,
+    pool: bool = False,
+    target: str = "80",
+    **options: Any,
+) -> Tensor:
+    """csrc/cuda/conv3x3.cu, the plain kernel; arguments as :func:`triton_conv3x3`."""
+    (n, cin, h, w), cout = x.shape, weight.shape[0]
+    out = channels_last(n, cout, h // 2 if pool else h, w // 2 if pool else w, dtype=x.dtype)
+    code, name = DTYPES[x.dtype]
+    down, across = (h // 2, w // 2) if pool else ((h + 1) // 2, (w + 1) // 2)
+    blocks = -(-n * down * across * -(-cout // 4) // 128)
+    fields = {"x": x, "weight": weight, "affine": affine, "out": out, "n": n, "h": h, "w": w, "cin": cin, "cout": cout}
+    arguments = (Conv3x3Args, fields | {"dtype": code, "relu": relu, "pool": pool})
+    entry = ptx_entry(nvcc_ptx(CUDA / "conv3x3.cu", target), f"conv3x3_kernel{name}")
+    launch(entry, (blocks,), [arguments], outputs=["out"], **options)
+    return out
+
+
+def cuda_maxpool2x2(x: Tensor, target: str = "80", **options: Any) -> Tensor:
+    """csrc/cuda/maxpool2x2.cu; ``x`` channels_last."""
+    n, c, h, w = x.shape
+    out = channels_last(n, c, h // 2, w // 2, dtype=x.dtype)
+    code, name = DTYPES[x.dtype]
+    arguments = (Maxpool2x2Args, {"x": x, "out": out, "n": n, "h": h, "w": w, "c": c, "dtype": code})
+    entry = ptx_entry(nvcc_ptx(CUDA / "maxpool2x2.cu", target), f"maxpool2x2_kernel{name}")
+    launch(entry, (-(-out.numel() // 128),), [arguments], outputs=["out"], **options)
+    return out
