@@ -34,6 +34,10 @@ SANITIZERS = os.environ.get("VGG_FAST_SANITIZE", "")
 SANITIZE = [f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1", "-O1"]
 SANITIZE = SANITIZE if SANITIZERS else []
 
+# Products and sums are contracted where the sources say so and nowhere else: the passes around a convolution find masks
+# again by the same arithmetic, and have the same bits on every instruction set.
+ARITHMETIC = ["-ffp-contract=off"]
+
 # gcc 12 sees uninitialised variables in its own AVX-512 header, and warns that a 64-byte vector (of internal functions,
 # in the portable kernel) has another calling convention with AVX-512 than without.
 WARNINGS = ["-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-psabi"]
@@ -154,7 +158,7 @@ setup(
             sources=sources("bindings.cpp", "cpu/*.cpp"),
             depends=sources("*.h", "cpu/*.h", "cpu/*.inl", "cpu/*.inc"),
             define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET)],
-            extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", *WARNINGS, *SANITIZE],
+            extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", *ARITHMETIC, *WARNINGS, *SANITIZE],
             extra_link_args=SANITIZE,
             libraries=["torch_cpu", "c10"],
             py_limited_api=True,

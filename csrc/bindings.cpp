@@ -65,6 +65,12 @@ STABLE_TORCH_LIBRARY_IMPL(vgg_fast, CPU, m) {
   m.impl("maxpool2x2", TORCH_BOX(&vgg_fast::maxpool2x2_cpu));
   m.impl("pack", TORCH_BOX(&vgg_fast::pack_cpu));
   m.impl("conv_stack", TORCH_BOX(&vgg_fast::conv_stack_cpu));
+  m.impl("pack_transposed", TORCH_BOX(&vgg_fast::pack_transposed_cpu));
+  m.impl("conv3x3_weight_grad", TORCH_BOX(&vgg_fast::conv3x3_weight_grad_cpu));
+  m.impl("bn_relu_pool", TORCH_BOX(&vgg_fast::bn_relu_pool_cpu));
+  m.impl("batch_moments", TORCH_BOX(&vgg_fast::batch_moments_cpu));
+  m.impl("bn_relu_pool_sums", TORCH_BOX(&vgg_fast::bn_relu_pool_sums_cpu));
+  m.impl("bn_relu_pool_backward", TORCH_BOX(&vgg_fast::bn_relu_pool_backward_cpu));
   m.impl("linear", TORCH_BOX(&vgg_fast::linear_cpu));
   m.impl("linear_pack", TORCH_BOX(&vgg_fast::linear_pack_cpu));
   m.impl("conv_stack_taps", TORCH_BOX(&vgg_fast::conv_stack_taps_cpu));
@@ -77,5 +83,7 @@ STABLE_TORCH_LIBRARY_IMPL(vgg_fast, CompositeExplicitAutograd, m) {
   m.impl("cpu_linear_select", TORCH_BOX(&vgg_fast::cpu_linear_select));
   m.impl("cpu_linear_kernels", TORCH_BOX(&vgg_fast::cpu_linear_kernels));
   m.impl("cpu_packed_words", TORCH_BOX(&vgg_fast::cpu_packed_words));
+  m.impl("cpu_passes", TORCH_BOX(&vgg_fast::cpu_passes));
+  m.impl("cpu_weight_grad", TORCH_BOX(&vgg_fast::cpu_weight_grad));
   m.impl("cpu_flags", TORCH_BOX(&vgg_fast::cpu_flags_op));
 }

@@ -218,7 +218,7 @@ def test_perceptual_loss_slices():
             y = part(y)
             loss = loss + y.square().mean()
         grads.append(torch.autograd.grad(loss, x)[0])
-    assert torch.equal(*grads)
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5 * float(grads[1].abs().max()))
 
 
 def test_single_shot_detector():
@@ -272,7 +272,7 @@ def test_style_transfer():
         taps = m.features[:3](pixels).flatten(2)
         (taps @ taps.mT).square().mean().backward()
         grads.append(pixels.grad)
-    assert torch.equal(*grads)
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5 * float(grads[0].abs().max()))
     segments = check_equal(model.features, fused.features, image(), kernel())
     assert [s.names for s in segments if s.kernel is None] == [("6",), ("10",)]
 

@@ -319,7 +319,9 @@ def test_state_dict_is_untouched(fused):
     assert len(list(fused.parameters())) == 12
 
 
-def test_the_cache_packs_once(fused):
+def test_the_cache_packs_once():
+    fused = fused_copy(stack(bn=True))
+    follows(fused)
     state = packed(fused)
     weights = next(iter(state)).content.weights
     for size in ((2, 3, 12, 10), (1, 3, 8, 8), (5, 3, 4, 4)):
@@ -356,7 +358,9 @@ def test_alternating_between_two_programs_does_not_pack_again(fused):
     assert weights() == before
 
 
-def test_replaced_weights_and_dropped_models_are_freed(fused):
+def test_replaced_weights_and_dropped_models_are_freed():
+    fused = fused_copy(stack(bn=True))
+    follows(fused)
     packs = [weakref.ref(t) for p in packed(fused) for t in p.content.weights]
     assert all(ref() is not None for ref in packs)
     fused[0].weight.data.mul_(2.0)

@@ -85,10 +85,6 @@ def compiled(module: nn.Module) -> nn.Module:
     return module
 
 
-def training_norm() -> nn.Module:
-    return norm(8).train()
-
-
 # Each differs from what is fused in one thing.
 ODD = [
     (nn.Conv2d(3, 8, 1), "kernel_size=(1, 1)"),
@@ -107,8 +103,7 @@ ODD = [
     (with_instance_method(conv(3, 8), "forward"), "'forward' was replaced on this instance"),
     (with_instance_method(conv(3, 8), "_conv_forward"), "'_conv_forward' was replaced on this instance"),
     (compiled(conv(3, 8)), "'_compiled_call_impl' was replaced on this instance"),
-    (training_norm(), "training mode"),
-    (nn.BatchNorm2d(8, track_running_stats=False).eval(), "without running statistics"),
+    (changed(nn.BatchNorm2d(8), running_var=None), "not an ordinary pair of buffers"),
     (nn.SyncBatchNorm(8).eval(), "SyncBatchNorm is not a type that is fused"),
     (nn.MaxPool2d(3), "kernel_size=3"),
     (nn.MaxPool2d(2, stride=1), "stride=1"),

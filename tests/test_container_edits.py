@@ -64,7 +64,7 @@ def test_edits_take_effect_at_the_next_call():
 def test_batch_norm_switched_between_training_and_evaluation():
     plain = nn.Sequential(conv(3, 8), norm(8), nn.ReLU())
     fused, x = fused_copy(plain), image()
-    for training, names in ((False, "012"), (True, "0"), (False, "012")):
+    for training, names in ((False, "012"), (True, "012"), (False, "012")):
         plain.train(training)
         fused.train(training)
         expected, _ = run(plain, x)
@@ -217,12 +217,13 @@ def test_gradients_are_those_of_the_children():
         assert out.grad_fn is not None
         out.square().mean().backward()
         model.seen = x.grad
-    assert torch.equal(plain.seen, fused.seen)
+    # Values and weights are exact, the gradients of batch norm's scale are not; tests/test_training.py has the bounds.
+    torch.testing.assert_close(plain.seen, fused.seen, rtol=1e-4, atol=1e-4 * float(plain.seen.abs().max()))
     for a, b in zip(plain.parameters(), fused.parameters(), strict=True):
-        assert torch.equal(a.grad, b.grad)
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4 * float(a.grad.abs().max()))
 
 
-def test_frozen_weights_fuse_with_gradients_enabled_and_the_input_decides():
+def test_frozen_weights_fuse_with_and_without_a_gradient_of_the_input():
     plain = stack().requires_grad_(False)
     fused, x = fused_copy(plain), image()
     with stacks.record() as segments:
@@ -230,8 +231,7 @@ def test_frozen_weights_fuse_with_gradients_enabled_and_the_input_decides():
     assert [s.kernel for s in segments] == [kernel()]
     with stacks.record() as segments:
         out = fused(x.requires_grad_())
-    assert [s.kernel for s in segments] == [None]
-    assert "gradients are on" in segments[0].reason
+    assert [s.kernel for s in segments] == [kernel()]
     assert out.requires_grad
 
 

@@ -86,8 +86,11 @@ def test_the_table():
 def test_it_sees_the_mode_of_the_caller():
     model = stack()
     plain = explain(model, image())
-    assert plain.fused == 0
-    assert "use torch.no_grad() or inference_mode()" in plain.rows[0].reason
+    assert plain.fused == 8
+    half = explain(model.half(), image().half())  # gradients of fp16 are PyTorch's
+    assert half.fused == 0
+    assert "gradients or batch statistics of torch.float16" in half.rows[0].reason
+    model.float()
     with torch.no_grad():
         assert explain(model, image()).fused == 8
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):

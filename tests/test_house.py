@@ -21,7 +21,7 @@ LAYERS = [
     {"library", "kernels"},
     {"selection"},
     {"ops"},
-    {"chains", "packs", "linear_chains", "sequential", "accelerate", "explain"},
+    {"chains", "packs", "linear_chains", "gradients", "training", "sequential", "accelerate", "explain"},
     {"models", "summary", "weights", "keras_files", "convert"},
     {"verify", "measure", "peers", "contest", "roofline", "scaling"},
     {"plots", "report"},
@@ -89,6 +89,8 @@ def test_importing_the_package_is_light():
 INTRINSICS = {"immintrin.h"}
 TORCH_FACING = {"bindings.cpp", "torch_cpu.h", "conv3x3.cpp", "conv_stack.cpp", "pack.cpp", "maxpool2x2.cpp"} | {
     "fingerprint.cpp",
+    "batch_norm.cpp",
+    "conv3x3_backward.cpp",
     "linear.cpp",
     "stack.cpp",
 }

@@ -83,8 +83,8 @@ def test_unusual_batch_norms():
     plain = nn.Sequential(conv(3, 8), nn.BatchNorm2d(8, track_running_stats=False), nn.ReLU()).eval()
     expected, _ = run(plain, x)
     actual, segments = run(fused_copy(plain), x)
-    assert fused_names(segments) == ["0"]  # the ReLU belongs to the batch norm, which runs by itself
-    assert torch.equal(actual, expected)
+    assert fused_names(segments) == ["0", "1", "2"]  # with the statistics of the batch, which are not exact
+    torch.testing.assert_close(actual, expected)
 
 
 def test_convolutions_without_bias():
@@ -111,12 +111,11 @@ def test_training_batch_norm_updates_its_statistics():
     fused = fused_copy(plain)
     expected, _ = run(plain, image())
     actual, segments = run(fused, image())
-    # The convolutions fuse, the rest runs by itself. Behind the first batch norm no value is an integer any more.
-    assert {s.kernel for s in segments} == {kernel(), None}
+    # Behind the first batch norm no value is an integer any more.
+    assert {s.kernel for s in segments} == {kernel()}
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     for a, b in zip(plain.buffers(), fused.buffers(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    assert torch.equal(plain[1].running_mean, fused[1].running_mean)
     assert int(fused[1].num_batches_tracked) == 1
 
 

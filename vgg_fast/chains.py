@@ -34,6 +34,7 @@ class Run:
     relu: int | None
     pool: int | None
     relu_inplace: bool
+    batch: bool = False  # batch norm with the statistics of the batch
 
     @property
     def step(self) -> int:
@@ -51,6 +52,11 @@ class Chain:
     program: list[int] = field(compare=False)
     pools: int
     eps: tuple[float, ...]
+
+    @property
+    def batch(self) -> bool:
+        """Whether a batch norm normalises with the statistics of the batch."""
+        return any(run.batch for run in self.runs)
 
 
 @dataclass(frozen=True)
@@ -111,13 +117,16 @@ def _dropout_reason(state: dict[str, Any]) -> str | None:
 
 
 def _bn_reason(state: dict[str, Any]) -> str | None:
-    if state["training"]:
-        return "batch norm in training mode normalises with the statistics of the batch"
-    if state["_buffers"].get("running_mean") is None or state["_buffers"].get("running_var") is None:
-        return "batch norm without running statistics normalises with those of the batch"
+    running = [state["_buffers"].get(name, "missing") for name in ("running_mean", "running_var")]
+    if "missing" in running or (running[0] is None) != (running[1] is None):
+        return "its running statistics are not an ordinary pair of buffers"
     if "weight" not in state["_parameters"] or "bias" not in state["_parameters"]:
         return "its weight and bias are not ordinary parameters"
     return None
+
+
+def _of_batch(state: dict[str, Any]) -> bool:
+    return state["training"] or state["_buffers"]["running_mean"] is None
 
 
 def _relu_reason(state: dict[str, Any]) -> str | None:
@@ -222,7 +231,7 @@ def parse(modules: Sequence[nn.Module]) -> list[Chain | LinearChain | Plain]:
         while (conv := take(nn.Conv2d)) is not None:
             bn, relu, pool = take(nn.BatchNorm2d), take(nn.ReLU), take(nn.MaxPool2d)
             inplace = relu is not None and bool(vars(modules[relu])["inplace"])
-            runs.append(Run(conv, bn, relu, pool, inplace))
+            runs.append(Run(conv, bn, relu, pool, inplace, bn is not None and _of_batch(vars(modules[bn]))))
         while not runs and (linear := take(nn.Linear)) is not None:
             dense.append(LinearRun(linear, take(nn.ReLU)))
             take(nn.Dropout)
@@ -271,6 +280,7 @@ class Plan:
         self.hooked = tuple(four for four in hooks if any(four))
         self.parts = parse(modules)
         self.sources = {part.start: Sources(part, modules) for part in self.parts if not isinstance(part, Plain)}
+        self.trainable: dict[int, Any] = {}  # by the start of a chain; filled and read by vgg_fast.training
 
     def holds(self, modules: tuple[nn.Module, ...], start: int = 0, stop: int | None = None) -> bool:
         """Whether ``modules`` are the children ``start`` to ``stop - 1`` and would be parsed in the same way again."""

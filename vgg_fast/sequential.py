@@ -21,7 +21,7 @@ from torch.nn.modules import module as _module
 from torch.utils._device import DeviceContext
 
 import vgg_fast.ops  # noqa: F401  (declares torch.ops.vgg_fast)
-from vgg_fast import linear_chains, selection
+from vgg_fast import linear_chains, selection, training
 from vgg_fast.chains import Chain, LinearChain, Plain, Plan, output_channels_last
 from vgg_fast.ops._layout import suggests_channels_last
 from vgg_fast.packs import DTYPES, Pack, PackCache, Packed
@@ -47,7 +47,8 @@ class FusedSequential(nn.Sequential):
     Chains of large fully connected layers, ReLU and dropout (the identity in evaluation) run as an op per layer.
 
     Children, names, parameters, hooks, slicing, copying and pickling are those of ``nn.Sequential``. Fused are, in
-    evaluation without gradients, fp32, bf16 and fp16 tensors ``[N, C, H, W]`` of any memory format; all else runs
+    evaluation without gradients, fp32, bf16 and fp16 tensors ``[N, C, H, W]`` of any memory format, and on the CPU
+    fp32 and bf16 ones under gradients and in training mode as well (:mod:`vgg_fast.training`); all else runs
     child by child. :func:`vgg_fast.explain` says what ran how. Errors are those of the children; a backend that was
     named explicitly and cannot run raises RuntimeError with the reasons.
 
@@ -207,7 +208,8 @@ def _run_chain(
     if tensors is None:
         state.plan = None
         return "a parameter came or went since the children were parsed"
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(x, *tensors):
+    gradients = torch.is_grad_enabled() and torch._C._any_requires_grad(x, *tensors)
+    if gradients and isinstance(chain, LinearChain):
         return "gradients are on and the input or a parameter requires them; use torch.no_grad() or inference_mode()"
     device = x.device
     autocast = device.type in _AUTOCAST and torch.is_autocast_enabled(device.type)
@@ -230,6 +232,8 @@ def _run_chain(
             return "backend 'reference' was asked for"
         # The full answer looks around the installation, which takes longer than a small convolution.
         return selection.why_reference(dtype, device) if _recordings else "there is no fused kernel"
+    if chain.batch or gradients:
+        return _run_trainable(container, state, plan, chain, x, kernel, dtype, autocast)
     pack = state.packs.get(chain, sources, tensors, kernel, dtype, autocast, limit)
     if isinstance(pack, str):
         return pack
@@ -244,6 +248,26 @@ def _run_chain(
     else:
         y = _conv_stack(x, pack, chain, kernel, last)
     _note(container, chain.start, chain.stop, "", kernel)
+    return y
+
+
+def _run_trainable(
+    container: FusedSequential,
+    state: _State,
+    plan: Plan,
+    chain: Chain,
+    x: Tensor,
+    kernel: str,
+    dtype: torch.dtype,
+    autocast: bool,
+) -> Tensor | str:
+    trainable = plan.trainable.get(chain.start) or plan.trainable.setdefault(
+        chain.start, training.Trainable(chain, plan.sources[chain.start], plan.modules)
+    )
+    with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
+        y = training.run_chain(trainable, state.packs, x, kernel, dtype, autocast)
+    if isinstance(y, Tensor):
+        _note(container, chain.start, chain.stop, "", kernel)
     return y
 
 

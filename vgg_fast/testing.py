@@ -252,6 +252,52 @@ def conv_bound(
     return F.max_pool2d(bound, 2) if pool else bound
 
 
+def weight_grad_bound(x: Tensor, dy: Tensor, out_dtype: torch.dtype, *, winograd: bool) -> Tensor:
+    """Elementwise error bound of ``conv3x3_weight_grad`` with fp32 sums and one rounding at the end, in float64.
+
+    Args:
+        x: ``[N, Cin, H, W]``.
+        dy: ``[N, Cout, H, W]``.
+        out_dtype: of the result.
+        winograd: whether it is computed by F(3x3, 4x4) instead of plain products.
+
+    Returns:
+        float64 ``[Cout, Cin, 3, 3]``.
+    """
+    u32, tiny = 2.0**-24, torch.finfo(torch.float32).tiny
+    n, _, h, w = x.shape
+    wide, gradient = x.double().abs(), dy.double().abs()
+    magnitude = weight_grad(wide, gradient)
+    if winograd:
+        a, g, b = (m.abs() for m in winograd_matrices())
+        padded = F.pad(wide, (1, -w % _TILE + 1, 1, -h % _TILE + 1))
+        patches = padded.unfold(2, _PATCH, _TILE).unfold(3, _PATCH, _TILE)
+        tiles = F.pad(gradient, (0, -w % _TILE, 0, -h % _TILE)).unfold(2, _TILE, _TILE).unfold(3, _TILE, _TILE)
+        products = torch.einsum("nihwab,nohwab->oiab", b.T @ patches @ b, a @ tiles @ a.T)
+        # Roundings on the way of a term: 2 in each of the two passes of B and of A, 4 in each of G, and the sum over
+        # tiles in chunks of 128.
+        count = n * -(-h // _TILE) * -(-w // _TILE)
+        sums = min(count, 128) + -(-count // 128)
+        error = g.T @ products @ g * ((2 * 2 + 2 * 2 + 2 * 4 + sums) * u32)
+    else:
+        error = magnitude * (n * h * w * u32)
+    # Denormal operands and sums are read as zeros and flushed; then the result is rounded.
+    bound = error + tiny * (1 + wide.sum((0, 2, 3)) + gradient.sum((0, 2, 3))[:, None])[..., None, None]
+    return bound + torch.finfo(out_dtype).eps / 2 * (magnitude + bound)
+
+
+def weight_grad(x: Tensor, dy: Tensor) -> Tensor:
+    """PyTorch's gradient of ``conv3x3`` in its weight, ``[Cout, Cin, 3, 3]``.
+
+    Example:
+        >>> weight_grad(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3)).flatten().tolist()
+        [4.0, 6.0, 4.0, 6.0, 9.0, 6.0, 4.0, 6.0, 4.0]
+    """
+    weight = x.new_empty(dy.shape[1], x.shape[1], 3, 3)
+    options = None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False]
+    return torch.ops.aten.convolution_backward(dy, x, weight, *options)[1]
+
+
 def assert_within(actual: Tensor, expected: Tensor, bound: Tensor, what: str = "result") -> None:
     """Every element within its own bound of the float64 expectation; the border is judged separately.
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "weight_grad.h"
 #include "winograd.h"
 
 #define VGG_TARGET __attribute__((target("avx2,fma,f16c")))
@@ -12,7 +13,7 @@ namespace vgg_fast {
 namespace {
 
 struct Avx2 {
-  static constexpr int kLanes = 8, kGroup = 16, kPixels = 6;
+  static constexpr int kLanes = 8, kGroup = 16, kPixels = 6, kOuterRows = 4;
   using Vec = __m256;
   using Words = __m256;
   using Mask = __m256;
@@ -68,7 +69,9 @@ struct Avx2 {
 };
 
 #include "conv3x3_rows.inl"
+#include "weight_grad_outer.inl"
 #include "winograd_f32.inl"
+#include "winograd_weight_grad.inl"
 
 }  // namespace
 
@@ -92,6 +95,13 @@ VGG_TARGET void winograd_run_avx2_winograd_f32(const Conv3x3Args& args, const Wi
                                                const float* shared, float* scratch) {
   winograd_run_unit<Avx2>(args, plan, unit, shared, scratch);
 }
+
+const WeightGradF32 kWeightGradAvx2{"avx2",
+                                    Avx2::kOuterRows,
+                                    outer<Avx2>,
+                                    weight_grad_transform_x<Avx2>,
+                                    weight_grad_transform_dy<Avx2>,
+                                    weight_grad_transform_back<Avx2>};
 
 }  // namespace vgg_fast
 #endif

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "weight_grad.h"
 #include "winograd.h"
 
 #define VGG_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
@@ -23,7 +24,9 @@ struct Avx512F32 : Avx512 {
 };
 
 #include "conv3x3_rows.inl"
+#include "weight_grad_outer.inl"
 #include "winograd_f32.inl"
+#include "winograd_weight_grad.inl"
 
 }  // namespace
 
@@ -47,6 +50,13 @@ VGG_TARGET void winograd_run_avx512_winograd_f32(const Conv3x3Args& args, const 
                                                  const float* shared, float* scratch) {
   winograd_run_unit<Avx512F32>(args, plan, unit, shared, scratch);
 }
+
+const WeightGradF32 kWeightGradAvx512{"avx512",
+                                      Avx512F32::kOuterRows,
+                                      outer<Avx512F32>,
+                                      weight_grad_transform_x<Avx512F32>,
+                                      weight_grad_transform_dy<Avx512F32>,
+                                      weight_grad_transform_back<Avx512F32>};
 
 }  // namespace vgg_fast
 #endif

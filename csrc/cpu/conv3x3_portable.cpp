@@ -3,6 +3,7 @@
 
 #include "../conv3x3.h"
 #include "convert.h"
+#include "weight_grad.h"
 
 #define VGG_TARGET
 
@@ -10,7 +11,7 @@ namespace vgg_fast {
 namespace {
 
 struct Portable {
-  static constexpr int kLanes = 16, kGroup = 16, kPixels = 2;
+  static constexpr int kLanes = 16, kGroup = 16, kPixels = 2, kOuterRows = 2;
   typedef float Vec __attribute__((vector_size(64), aligned(4), may_alias));
   typedef int32_t Mask __attribute__((vector_size(64)));
   using Words = Vec;
@@ -62,11 +63,14 @@ struct Portable {
 };
 
 #include "conv3x3_rows.inl"
+#include "weight_grad_outer.inl"
 
 }  // namespace
 
 void conv3x3_portable_f32(const Conv3x3Args& args, int64_t group, int64_t row_begin, int64_t row_end, float* scratch) {
   conv3x3_rows<Portable>(args, group, row_begin, row_end, scratch);
 }
+
+const WeightGradF32 kWeightGradPortable{"portable", Portable::kOuterRows, outer<Portable>, nullptr, nullptr, nullptr};
 
 }  // namespace vgg_fast

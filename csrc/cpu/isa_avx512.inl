@@ -1,7 +1,7 @@
 // What the AVX-512 files share. Include inside an anonymous namespace after defining VGG_TARGET.
 
 struct Avx512 {
-  static constexpr int kLanes = 16, kGroup = 32;
+  static constexpr int kLanes = 16, kGroup = 32, kOuterRows = 8;
   using Vec = __m512;
   using Mask = __mmask16;
 

@@ -213,11 +213,80 @@ void copy_row(const Image& from, const Image& to, int64_t row) {
                                        to.data + row * to.stride_h * size, to.stride_c, to.stride_w, to.c, to.w);
 }
 
-void pack_weight_group(const Weight& weight, const MicroKernel& kernel, uint32_t* packed, int64_t group) {
+namespace {
+
+// The packing of every kernel but those of parts or neighbourhoods, for which it would be too much to ask: a training
+// step packs all weights twice. A unit is a group where the weights of an output channel lie together in memory, and a
+// block of input channels where those of an input channel do: it reads them in one piece, and writes into tiles that
+// stay in L2 meanwhile.
+bool units_are_blocks(const Weight& weight) { return weight.stride[0] < weight.stride[1]; }
+
+template <DType kFrom, DType kTo>
+void pack_plain_unit(const Weight& weight, int64_t g, int64_t unit, char* out) {
+  using From = typename Element<kFrom>::Type;
+  using To = typename Element<kTo>::Type;
+  constexpr int64_t kBlock = kLine / sizeof(To), kPerWord = 4 / sizeof(To);
+  const int64_t blocks = ceil_div(weight.cin, kBlock), groups = ceil_div(weight.cout, g), tile = kTaps * kBlock * g;
+  const From* first = reinterpret_cast<const From*>(weight.data);
+  To* to = reinterpret_cast<To*>(out);
+  int64_t taps[kTaps];
+  for (int64_t tap = 0; tap < kTaps; ++tap) taps[tap] = tap / 3 * weight.stride[2] + tap % 3 * weight.stride[3];
+  const auto copy = [&](int64_t group, int64_t lane, int64_t block, int64_t k) {
+    const int64_t o = group * g + lane;
+    const From* from = first + o * weight.stride[0] + (block * kBlock + k) * weight.stride[1];
+    To* target = to + (group * blocks + block) * tile + (k / kPerWord * g + lane) * kPerWord + k % kPerWord;
+    const float sign = weight.sign[o];
+    for (int64_t tap = 0; tap < kTaps; ++tap, target += kBlock * g) {
+      Element<kTo>::store(target, Element<kFrom>::load(from + taps[tap]) * sign);
+    }
+  };
+  const auto lanes = [&](int64_t group) { return std::min(g, weight.cout - group * g); };
+  const auto channels = [&](int64_t block) { return std::min(kBlock, weight.cin - block * kBlock); };
+  const auto clear = [&](int64_t group, int64_t block) {
+    if (lanes(group) < g || channels(block) < kBlock) std::fill_n(to + (group * blocks + block) * tile, tile, To{});
+  };
+  if (units_are_blocks(weight)) {
+    for (int64_t group = 0; group < groups; ++group) clear(group, unit);
+    for (int64_t k = 0; k < channels(unit); ++k)
+      for (int64_t group = 0; group < groups; ++group)
+        for (int64_t lane = 0; lane < lanes(group); ++lane) copy(group, lane, unit, k);
+  } else {
+    for (int64_t block = 0; block < blocks; ++block) clear(unit, block);
+    for (int64_t lane = 0; lane < lanes(unit); ++lane)
+      for (int64_t block = 0; block < blocks; ++block)
+        for (int64_t k = 0; k < channels(block); ++k) copy(unit, lane, block, k);
+  }
+}
+
+using PackPlainUnit = decltype(&pack_plain_unit<DType::f32, DType::f32>);
+
+PackPlainUnit pack_plain_unit_for(DType from, DType to) {
+  constexpr auto f32 = DType::f32, bf16 = DType::bf16, f16 = DType::f16;
+  if (to == f32) {
+    return from == f32    ? pack_plain_unit<f32, f32>
+           : from == bf16 ? pack_plain_unit<bf16, f32>
+                          : pack_plain_unit<f16, f32>;
+  }
+  return from == f32    ? pack_plain_unit<f32, bf16>
+         : from == bf16 ? pack_plain_unit<bf16, bf16>
+                        : pack_plain_unit<f16, bf16>;
+}
+
+}  // namespace
+
+int64_t weight_units(const Weight& weight, const MicroKernel& kernel) {
+  const bool plain = kernel.parts == 1 && !kernel.gathers(weight.cin);
+  return plain && units_are_blocks(weight) ? kernel.cin_blocks(weight.cin) : kernel.groups(weight.cout);
+}
+
+void pack_weight_unit(const Weight& weight, const MicroKernel& kernel, uint32_t* packed, int64_t group) {
   const int64_t g = kernel.group, block = kernel.block(), taps = kernel.taps(weight.cin);
   const int64_t part_words = taps * kWords * g, group_words = kernel.cin_blocks(weight.cin) * kernel.parts * part_words;
   const int64_t per_word = block / kWords, size = element_size(weight.dtype);
   const bool gathered = kernel.gathers(weight.cin);
+  if (kernel.parts == 1 && !gathered) {
+    return pack_plain_unit_for(weight.dtype, kernel.compute)(weight, g, group, reinterpret_cast<char*>(packed));
+  }
   uint32_t* out = packed + group * group_words;
   std::memset(out, 0, group_words * 4);
   const int64_t lanes = std::min(g, weight.cout - group * g);

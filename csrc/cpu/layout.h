@@ -40,7 +40,9 @@ struct Weight {
   const float* sign;  // [cout] of +1, -1 or 0, multiplied in
 };
 
-// Channel group `group` of a packed weight (see conv3x3.h); channels and words that do not exist are zeros.
-void pack_weight_group(const Weight& weight, const MicroKernel& kernel, uint32_t* packed, int64_t group);
+// A packed weight (see conv3x3.h) is made in units, independent of one another; channels and words that do not exist
+// are zeros.
+int64_t weight_units(const Weight& weight, const MicroKernel& kernel);
+void pack_weight_unit(const Weight& weight, const MicroKernel& kernel, uint32_t* packed, int64_t unit);
 
 }  // namespace vgg_fast

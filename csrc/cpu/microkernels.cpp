@@ -6,6 +6,8 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "batch_norm.h"
+
 #if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -146,6 +148,15 @@ const MicroKernel& find_microkernel(const std::string& name, DType dtype, Precis
                              "', which this machine lacks or VGG_FAST_ISA forbids");
   }
   throw std::runtime_error("there is no CPU kernel '" + name + "'; the kernels are auto, " + names);
+}
+
+const Passes& select_passes(const std::string& flags) {
+#if defined(__x86_64__)
+  for (const Passes* passes : {&kPassesAvx512, &kPassesAvx2}) {
+    if (missing_flags(passes->flags, flags).empty()) return *passes;
+  }
+#endif
+  return kPassesPortable;
 }
 
 }  // namespace vgg_fast

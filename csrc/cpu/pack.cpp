@@ -29,16 +29,32 @@ std::vector<double> read_vector(const std::optional<Tensor>& tensor, int64_t n, 
   return values;
 }
 
+void check_weight(const Tensor& weight, const char* what) {
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3, what,
+                  ": weight must be [Cout, Cin, 3, 3], got ", weight.dim(), " dimensions or another kernel size");
+  STD_TORCH_CHECK(weight.size(0) > 0 && weight.size(1) > 0, what, ": weight has no channels: [", weight.size(0), ", ",
+                  weight.size(1), ", 3, 3]");
+}
+
+Tensor packed_weight(const Weight& plain, const MicroKernel& kernel, const Tensor& like) {
+  const int64_t size = kernel.weight_words(plain.cout, plain.cin);
+  const Tensor packed = torch::stable::empty({size}, ScalarType::Int, std::nullopt, like.device());
+  uint32_t* words = static_cast<uint32_t*>(packed.mutable_data_ptr());
+  torch::stable::parallel_for(0, weight_units(plain, kernel), 1, [&](int64_t begin, int64_t end) {
+    const FlushDenormals mode;
+    for (int64_t unit = begin; unit < end; ++unit) pack_weight_unit(plain, kernel, words, unit);
+  });
+  return packed;
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> pack_cpu(const Tensor& weight, const std::optional<Tensor>& bias,
                                     const std::optional<Tensor>& bn_mean, const std::optional<Tensor>& bn_var,
                                     const std::optional<Tensor>& bn_weight, const std::optional<Tensor>& bn_bias,
                                     double bn_eps, const std::string& kernel_name) {
-  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3,
-                  "pack: weight must be [Cout, Cin, 3, 3], got ", weight.dim(), " dimensions or another kernel size");
-  const int64_t cout = weight.size(0), cin = weight.size(1);
-  STD_TORCH_CHECK(cout > 0 && cin > 0, "pack: weight has no channels: [", cout, ", ", cin, ", 3, 3]");
+  check_weight(weight, "pack");
+  const int64_t cout = weight.size(0);
   STD_TORCH_CHECK(bn_mean.has_value() == bn_var.has_value(), "pack: bn_mean and bn_var go together");
   const DType dtype = dtype_of(weight, "pack: weight");
   const MicroKernel& kernel = find_microkernel(kernel_name, dtype, Precision::highest, cpu_flags());
@@ -58,16 +74,25 @@ std::tuple<Tensor, Tensor> pack_cpu(const Tensor& weight, const std::optional<Te
     vectors[cout + c] = static_cast<float>(beta[c] + (offset[c] - mean[c]) * scale);
   }
 
-  const Tensor packed =
-      torch::stable::empty({kernel.weight_words(cout, cin)}, ScalarType::Int, std::nullopt, weight.device());
-  Weight plain{static_cast<const char*>(weight.const_data_ptr()), dtype, cout, cin, {}, sign.data()};
+  Weight plain{static_cast<const char*>(weight.const_data_ptr()), dtype, cout, weight.size(1), {}, sign.data()};
   for (int d = 0; d < 4; ++d) plain.stride[d] = weight.stride(d);
-  uint32_t* words = static_cast<uint32_t*>(packed.mutable_data_ptr());
-  torch::stable::parallel_for(0, kernel.groups(cout), 1, [&](int64_t begin, int64_t end) {
-    const FlushDenormals mode;
-    for (int64_t group = begin; group < end; ++group) pack_weight_group(plain, kernel, words, group);
-  });
-  return {packed, affine};
+  return {packed_weight(plain, kernel, weight), affine};
+}
+
+Tensor pack_transposed_cpu(const Tensor& weight, const std::string& kernel_name) {
+  check_weight(weight, "pack_transposed");
+  const DType dtype = dtype_of(weight, "pack_transposed: weight");
+  const MicroKernel& kernel = find_microkernel(kernel_name, dtype, Precision::highest, cpu_flags());
+  const std::vector<float> sign(weight.size(1), 1.0f);
+  // Taps backwards, from the last one.
+  const int64_t last = 2 * (weight.stride(2) + weight.stride(3));
+  const Weight turned{static_cast<const char*>(weight.const_data_ptr()) + last * element_size(dtype),
+                      dtype,
+                      weight.size(1),
+                      weight.size(0),
+                      {weight.stride(1), weight.stride(0), -weight.stride(2), -weight.stride(3)},
+                      sign.data()};
+  return packed_weight(turned, kernel, weight);
 }
 
 }  // namespace vgg_fast

@@ -27,6 +27,17 @@ std::tuple<Tensor, Tensor> pack_cpu(const Tensor& weight, const std::optional<Te
                                     double bn_eps, const std::string& kernel);
 Tensor conv_stack_cpu(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& affines,
                       const std::vector<int64_t>& program, const std::string& kernel, bool channels_last);
+Tensor pack_transposed_cpu(const Tensor& weight, const std::string& kernel);
+Tensor bn_relu_pool_cpu(const Tensor& z, const Tensor& affine, bool relu, bool pool);
+Tensor batch_moments_cpu(const Tensor& z);
+Tensor bn_relu_pool_sums_cpu(const Tensor& dy, const Tensor& z, const Tensor& affine, const Tensor& mean, bool relu,
+                             bool pool);
+Tensor bn_relu_pool_backward_cpu(const Tensor& dy, const Tensor& z, const Tensor& affine, const Tensor& factor,
+                                 const std::optional<Tensor>& centre, bool relu, bool pool);
+std::string cpu_passes();
+Tensor conv3x3_weight_grad_cpu(const Tensor& x, const Tensor& dy, const Tensor& weight, const std::string& kernel);
+std::string cpu_weight_grad(const std::string& kernel, const std::string& dtype, int64_t n, int64_t cin, int64_t cout,
+                            int64_t h, int64_t w);
 Tensor linear_cpu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool relu,
                   const std::string& kernel);
 Tensor linear_pack_cpu(const Tensor& weight, const std::string& kernel);
@@ -41,6 +52,9 @@ DType dtype_of(const Tensor& tensor, const char* what);
 
 // PyTorch's Tensor::suggest_memory_format() == ChannelsLast, read off the strides.
 bool suggests_channels_last(const Tensor& tensor);
+
+// Raises an error that names `what` unless the tensor is [N, C, H, W] on the CPU and dense in channels_last.
+void check_map(const Tensor& tensor, const char* what);
 
 // An uninitialised [n, c, h, w] tensor like `like`.
 Tensor empty_image(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w, bool channels_last);

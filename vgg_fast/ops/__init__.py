@@ -5,11 +5,31 @@ missing, and on GPUs, Python functions stand behind the same names.
 """
 
 from vgg_fast import library
-from vgg_fast.ops import _cpu, conv3x3, conv_stack, fingerprint, linear, maxpool2x2, pack
+from vgg_fast.ops import (
+    _cpu,
+    batch_norm,
+    conv3x3,
+    conv3x3_weight_grad,
+    conv_stack,
+    fingerprint,
+    linear,
+    maxpool2x2,
+    pack,
+)
 
 library.missing("_C")
 
-for _op in (conv3x3, conv_stack, fingerprint, linear, maxpool2x2, pack):
+for _op in (batch_norm, conv3x3, conv3x3_weight_grad, conv_stack, fingerprint, linear, maxpool2x2, pack):
     _op.register(["CUDA"] if library.missing("_C") is None else ["CUDA", "CPU"])
 
-__all__ = ["_cpu", "conv3x3", "conv_stack", "fingerprint", "linear", "maxpool2x2", "pack"]
+__all__ = [
+    "_cpu",
+    "batch_norm",
+    "conv3x3",
+    "conv3x3_weight_grad",
+    "conv_stack",
+    "fingerprint",
+    "linear",
+    "maxpool2x2",
+    "pack",
+]

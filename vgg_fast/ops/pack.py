@@ -6,6 +6,9 @@
 Returns ``(packed, affine)``: the weight times the sign of the scale, laid out for ``kernel`` (an opaque tensor), and
 fp32 ``[2, Cout]`` holding ``|scale|`` (1 where the scale is 0) and ``shift``. Why the scale stays out of the weights:
 vgg_fast/fold.py.
+
+``pack_transposed(weight, kernel)`` is the packed weight of the convolution that takes the gradient of the output to
+that of the input: Cin and Cout change places, and the taps are in reverse.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ define(
     "float bn_eps, str kernel) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+
+define("vgg_fast::pack_transposed", "(Tensor weight, str kernel) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 @register_fake("vgg_fast::pack")
@@ -60,7 +65,18 @@ def _python(
     return (signed if kernel == selection.REFERENCE else signed.permute(0, 2, 3, 1).contiguous()), affine
 
 
+@register_fake("vgg_fast::pack_transposed")
+def _fake_transposed(weight: Tensor, kernel: str) -> Tensor:
+    return _fake(weight.transpose(0, 1), None, None, None, None, None, 0.0, kernel)[0]
+
+
+def _transposed(weight: Tensor, kernel: str) -> Tensor:
+    turned = weight.flip(2, 3).transpose(0, 1)
+    return _python(turned, None, None, None, None, None, 0.0, kernel)[0]
+
+
 def register(keys: list[str]) -> None:
     """Puts the Python implementation behind these dispatch keys."""
     for key in keys:
         impl("vgg_fast::pack", key)(_python)
+        impl("vgg_fast::pack_transposed", key)(_transposed)

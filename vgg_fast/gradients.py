@@ -1,0 +1,268 @@
+"""The nodes of autograd that :mod:`vgg_fast.training` makes a chain of: a convolution, and a batch norm.
+
+Their gradients are kernels of ours. Under ``create_graph=True`` they are formulas of PyTorch instead, which can be
+differentiated again.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vgg_fast.ops._layout import suggests_channels_last
+from vgg_fast.reference import Step
+
+_ops = torch.ops.vgg_fast
+_LAST = torch.channels_last
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The packed weight of one convolution, and what is known of the plain one."""
+
+    weight: Tensor
+    affine: Tensor
+    cin: int
+    cout: int
+    device: torch.device
+    channels_last: bool
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """The weight of the convolution that computes the gradient of the input, and what it was made from."""
+
+    packed: Tensor
+    stamp: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a convolution has to know besides its tensors."""
+
+    kept: dict[tuple[int, str, torch.dtype], Transposed]  # transposed packs of the chain
+    position: int
+    pack: Packed
+    kernel: str
+    dtype: torch.dtype
+    relu: bool
+    pool: bool
+    channels_last: bool
+    factor: Tensor | None  # [Cout], of a batch norm that is folded into the convolution
+    centred: bool = False  # whether batch statistics follow, which no bias can change
+
+
+# --- convolution ----------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=64)
+def _identity(channels: int) -> Tensor:
+    """Scale 1 and shift 0."""
+    with torch.inference_mode(False):
+        return torch.stack([torch.ones(channels), torch.zeros(channels)])
+
+
+class Convolution(torch.autograd.Function):
+    """``pool(relu(conv(x) * scale + shift))``; saves x for the weight, and the value before the pool.
+
+    That value comes in a list of one where the whole chain was computed at once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, task: Task, value: list[Tensor | None]
+    ) -> Tensor:
+        last = task.channels_last or task.pool
+        step = Step.RELU if task.relu else Step.NONE
+        before = value.pop()
+        if before is None:
+            before = _ops.conv_stack(x, [task.pack.weight], [task.pack.affine], [step], task.kernel, last)
+        elif not last:
+            before = before.contiguous()
+        y = before
+        if task.pool:
+            y = _ops.bn_relu_pool(before, _identity(before.shape[1]), False, True)
+            if not task.channels_last:
+                y = y.contiguous()
+        ctx.task, ctx.shape, ctx.format = task, x.shape, suggests_channels_last(x)
+        wants_x, wants_weight, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(
+            x if wants_weight else None,
+            weight if wants_x or wants_weight else None,
+            before if task.relu or task.pool else None,
+        )
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        task: Task = ctx.task
+        x, weight, before = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():
+            return (*_differentiable_convolution(ctx, grad, x, weight, before, wanted), None, None)
+        dz = grad.contiguous(memory_format=_LAST)
+        if before is not None:
+            before = before.contiguous(memory_format=_LAST)
+            ones = _identity(grad.shape[1])
+            factor = ones[:1] if task.factor is None else task.factor[None]
+            dz = _ops.bn_relu_pool_backward(dz, before, ones, factor, None, task.relu, task.pool)
+        elif task.factor is not None:
+            dz = (dz * task.factor[:, None, None]).to(dz.dtype)
+        dx = dw = db = None
+        if wanted[0]:
+            last = ctx.format or suggests_channels_last(weight)
+            packed = _transposed(task, weight)
+            dx = _ops.conv_stack(dz, [packed], [_identity(ctx.shape[1])], [Step.NONE], task.kernel, last)
+        if wanted[1]:
+            dw = _ops.conv3x3_weight_grad(x.contiguous(memory_format=_LAST), dz, weight, task.kernel)
+        if wanted[2]:
+            # Batch statistics take any bias away again, so that its gradient is 0; PyTorch's is the rounding around it.
+            db = dz.new_zeros(dz.shape[1]) if task.centred else dz.sum((0, 2, 3))
+        return dx, dw, db, None, None
+
+
+def _differentiable_convolution(
+    ctx: Any, grad: Tensor, x: Tensor | None, weight: Tensor | None, before: Tensor | None, wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    task: Task = ctx.task
+    if before is not None:
+        before = before.detach()
+        if task.pool:
+            _, index = F.max_pool2d(before, 2, return_indices=True)
+            flat = grad.new_zeros(before.shape).flatten(2)
+            grad = flat.scatter(2, index.flatten(2), grad.flatten(2)).view_as(before)
+        if task.relu:
+            grad = torch.ops.aten.threshold_backward(grad, before, 0)
+    if task.factor is not None:
+        grad = grad * task.factor.to(grad.dtype)[:, None, None]
+    if weight is None:  # only the bias is wanted
+        return None, None, grad.sum((0, 2, 3))
+    if x is None:  # its values are not needed, only its shape
+        x = grad.new_zeros(()).expand(ctx.shape)
+    grads = torch.ops.aten.convolution_backward(
+        grad, x, weight.to(grad.dtype), [weight.shape[0]], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, list(wanted)
+    )
+    dx, dw, db = (g if want else None for g, want in zip(grads, wanted, strict=True))
+    return dx, dw if dw is None else dw.to(weight.dtype), db
+
+
+def _transposed(task: Task, weight: Tensor) -> Tensor:
+    """The packed weight of the gradient in x; kept for weights that are not trained."""
+    key = task.position, task.kernel, task.dtype
+    stamp = weight.data_ptr(), weight._version, _ops.fingerprint([weight])
+    kept = task.kept.get(key)
+    if kept is not None and kept.stamp == stamp:
+        return kept.packed
+    packed = _ops.pack_transposed(weight.detach().to(task.dtype), task.kernel)
+    if not weight.requires_grad:
+        task.kept[key] = Transposed(packed, stamp)
+    return packed
+
+
+# --- batch norm -----------------------------------------------------------------------------------------------------
+
+
+def normalises_with(bn: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None]:
+    """Running mean and variance where they are what to normalise with, so that autograd watches over them."""
+    return (None, None) if _of_batch(bn) else (bn.running_mean, bn.running_var)
+
+
+def _of_batch(bn: nn.BatchNorm2d) -> bool:
+    return bn.training or (bn.running_mean is None and bn.running_var is None)
+
+
+class Normalisation(torch.autograd.Function):
+    """``pool(relu(batch_norm(z)))`` with statistics of the batch, or with trained parameters; saves z."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor | None,
+        variance: Tensor | None,
+        bn: nn.BatchNorm2d,
+        relu: bool,
+        pool: bool,
+        channels_last: bool,
+    ) -> Tensor:
+        ctx.batch = mean is None
+        if mean is None or variance is None:
+            moments = _ops.batch_moments(z)
+            _track(bn, moments, z.numel() // z.shape[1])
+        else:
+            moments = torch.stack([mean, variance]).double()
+        ctx.eps, ctx.relu, ctx.pool = bn.eps, relu, pool
+        ctx.mean, ctx.invstd = moments[0], torch.rsqrt(moments[1] + bn.eps)
+        ctx.scale = ctx.invstd if weight is None else ctx.invstd * weight
+        shift = -ctx.mean * ctx.scale
+        ctx.affine = torch.stack([ctx.scale, shift if bias is None else shift + bias]).float()
+        ctx.save_for_backward(z, weight, bias, mean, variance)
+        y = _ops.bn_relu_pool(z, ctx.affine, relu, pool)
+        return y if channels_last else y.contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        z, weight, bias, mean, variance = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:3]
+        nothing = (None,) * 6
+        if torch.is_grad_enabled():
+            return (*_differentiable_norm(ctx, grad, (z, weight, bias), mean, variance, wanted), *nothing)
+        grad = grad.contiguous(memory_format=_LAST)
+        dz = dw = db = centre = None
+        if ctx.batch or wanted[1] or wanted[2]:
+            centre = ctx.mean.float()[None]
+            sums = _ops.bn_relu_pool_sums(grad, z, ctx.affine, centre, ctx.relu, ctx.pool)
+            dw = None if weight is None else (sums[1] * ctx.invstd).to(weight.dtype)
+            db = None if bias is None else sums[0].to(bias.dtype)
+        if wanted[0]:
+            slope_offset = None
+            if ctx.batch:
+                means = sums / (z.numel() // z.shape[1])
+                slope = -ctx.scale * ctx.invstd.square() * means[1]
+                slope_offset = torch.stack([ctx.mean, slope, -ctx.scale * means[0]]).float()
+            factor = ctx.affine[:1]
+            dz = _ops.bn_relu_pool_backward(grad, z, ctx.affine, factor, slope_offset, ctx.relu, ctx.pool)
+        grads = (g if want else None for g, want in zip((dz, dw, db), wanted, strict=True))
+        return (*grads, *nothing)
+
+
+def _differentiable_norm(
+    ctx: Any,
+    grad: Tensor,
+    inputs: tuple[Tensor | None, ...],
+    mean: Tensor | None,
+    variance: Tensor | None,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    z, weight, bias = inputs
+    assert z is not None
+    y = F.batch_norm(z, mean, variance, weight, bias, training=ctx.batch, eps=ctx.eps)
+    y = F.relu(y) if ctx.relu else y
+    y = F.max_pool2d(y, 2) if ctx.pool else y
+    chosen = [tensor for tensor, want in zip(inputs, wanted, strict=True) if want and tensor is not None]
+    grads = iter(torch.autograd.grad(y, chosen, grad, create_graph=True))
+    return tuple(next(grads) if want else None for want in wanted)
+
+
+def _track(bn: nn.BatchNorm2d, moments: Tensor, count: int) -> None:
+    """What ``nn.BatchNorm2d.forward`` does to its buffers in training."""
+    if not (bn.training and bn.track_running_stats):
+        return
+    momentum = 0.0 if bn.momentum is None else bn.momentum
+    if bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        if bn.momentum is None:
+            momentum = 1.0 / float(bn.num_batches_tracked)
+    unbiased = moments[1] * (count / (count - 1))
+    for running, now in ((bn.running_mean, moments[0]), (bn.running_var, unbiased)):
+        if running is not None:
+            # .data: PyTorch, too, leaves the version counter alone, so that an earlier graph may still be used.
+            running.data.mul_(1 - momentum).add_(now.to(running.dtype), alpha=momentum)

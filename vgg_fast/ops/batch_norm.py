@@ -1,0 +1,110 @@
+"""``bn_relu_pool`` and its gradient: what stands between two convolutions under gradients, in one pass each way.
+
+    y = max_pool(relu(round(z * scale + shift)))
+
+z and y are fp32 or bf16 ``[N, C, H, W]`` in channels_last, ``affine`` is fp32 ``[2, C]``: scale and shift. The gradient
+needs z and nothing else: the ReLU's mask and the pool's choice (of equals the first, of NaNs the last) are found again.
+
+    dz = g * factor + (z - mean) * slope + offset
+
+with g = dy where it came from, else 0; ``factor`` is fp32 ``[1, C]``, ``centre`` fp32 ``[3, C]`` (mean, slope, offset)
+or None. ``batch_moments(z)`` are mean and biased variance of every channel, ``bn_relu_pool_sums`` the sums of g and of
+``g * (z - mean)``; both are float64 ``[2, C]``. All of them give the same bits for any number of threads.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.library import define, impl, register_fake
+
+from vgg_fast.ops._layout import empty_image
+
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+define("vgg_fast::bn_relu_pool", "(Tensor z, Tensor affine, bool relu, bool pool) -> Tensor", tags=_TAGS)
+define("vgg_fast::batch_moments", "(Tensor z) -> Tensor", tags=_TAGS)
+define(
+    "vgg_fast::bn_relu_pool_sums",
+    "(Tensor dy, Tensor z, Tensor affine, Tensor mean, bool relu, bool pool) -> Tensor",
+    tags=_TAGS,
+)
+define(
+    "vgg_fast::bn_relu_pool_backward",
+    "(Tensor dy, Tensor z, Tensor affine, Tensor factor, Tensor? centre, bool relu, bool pool) -> Tensor",
+    tags=_TAGS,
+)
+
+
+@register_fake("vgg_fast::bn_relu_pool")
+def _fake_value(z: Tensor, affine: Tensor, relu: bool, pool: bool) -> Tensor:
+    height, width = (z.shape[2] // 2, z.shape[3] // 2) if pool else z.shape[2:]
+    return empty_image(z, z.shape[1], height, width, channels_last=True)
+
+
+@register_fake("vgg_fast::batch_moments")
+def _fake_moments(z: Tensor) -> Tensor:
+    return z.new_empty((2, z.shape[1]), dtype=torch.float64)
+
+
+@register_fake("vgg_fast::bn_relu_pool_sums")
+def _fake_sums(dy: Tensor, z: Tensor, affine: Tensor, mean: Tensor, relu: bool, pool: bool) -> Tensor:
+    return _fake_moments(z)
+
+
+@register_fake("vgg_fast::bn_relu_pool_backward")
+def _fake_gradient(
+    dy: Tensor, z: Tensor, affine: Tensor, factor: Tensor, centre: Tensor | None, relu: bool, pool: bool
+) -> Tensor:
+    return empty_image(z, z.shape[1], z.shape[2], z.shape[3], channels_last=True)
+
+
+def _before_pool(z: Tensor, affine: Tensor, relu: bool) -> Tensor:
+    scale, shift = affine[:, :, None, None]
+    v = (z.float() * scale + shift).to(z.dtype)
+    return F.relu(v) if relu else v
+
+
+def _value(z: Tensor, affine: Tensor, relu: bool, pool: bool) -> Tensor:
+    v = _before_pool(z, affine, relu)
+    return (F.max_pool2d(v, 2) if pool else v).contiguous(memory_format=torch.channels_last)
+
+
+def _moments(z: Tensor) -> Tensor:
+    variance, mean = torch.var_mean(z.double(), (0, 2, 3), correction=0)
+    return torch.stack([mean, variance])
+
+
+def _unpooled(dy: Tensor, z: Tensor, affine: Tensor, relu: bool, pool: bool) -> Tensor:
+    """g in float32, as large as z."""
+    v = _before_pool(z, affine, relu)
+    g = dy.float()
+    if pool:
+        _, index = F.max_pool2d(v, 2, return_indices=True)
+        g = torch.zeros_like(v, dtype=torch.float32).flatten(2).scatter(2, index.flatten(2), g.flatten(2)).view(v.shape)
+    return torch.where(v <= 0, 0.0, g) if relu else g
+
+
+def _sums(dy: Tensor, z: Tensor, affine: Tensor, mean: Tensor, relu: bool, pool: bool) -> Tensor:
+    g = _unpooled(dy, z, affine, relu, pool).double()
+    centred = z.double() - mean[0, :, None, None]
+    return torch.stack([g.sum((0, 2, 3)), (g * centred).sum((0, 2, 3))])
+
+
+def _gradient(
+    dy: Tensor, z: Tensor, affine: Tensor, factor: Tensor, centre: Tensor | None, relu: bool, pool: bool
+) -> Tensor:
+    dz = _unpooled(dy, z, affine, relu, pool) * factor[0, :, None, None]
+    if centre is not None:
+        mean, slope, offset = centre[:, :, None, None]
+        dz = dz + ((z.float() - mean) * slope + offset)
+    return dz.to(z.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def register(keys: list[str]) -> None:
+    """Puts the Python implementations behind these dispatch keys."""
+    for key in keys:
+        impl("vgg_fast::bn_relu_pool", key)(_value)
+        impl("vgg_fast::batch_moments", key)(_moments)
+        impl("vgg_fast::bn_relu_pool_sums", key)(_sums)
+        impl("vgg_fast::bn_relu_pool_backward", key)(_gradient)
