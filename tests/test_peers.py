@@ -220,7 +220,8 @@ def test_steps_compare_gradients(make):
     assert [g.shape for g in gradients] == (
         [(1, 3, 32, 32)] if make is steps.perceptual else [p.shape for p in peers.plain_features().parameters()]
     )
-    assert all(g.abs().max() > 0 for g in gradients)
+    # The bias of a convolution before batch statistics has no gradient: ours is 0, PyTorch's the rounding of one.
+    assert all(g.abs().max() > 0 for g in gradients if make is steps.perceptual or g.dim() == 4)
 
 
 # --- threads and batches --------------------------------------------------------------------------------------------
