@@ -203,9 +203,9 @@ def test_empty_batches_and_hooks_run_child_by_child():
     assert all(not g.any() for g in grads)
     shapes: list[torch.Size] = []
     fused[4].register_full_backward_hook(lambda module, into, out: shapes.append(out[0].shape))
-    _, _, segments = gradients(fused, testing.random_tensor(1, 3, 8, 8))
+    _, _, segments = gradients(fused, testing.random_tensor(4, 3, 8, 8))
     assert fused_names(segments) == list("012356789")
-    assert shapes == [torch.Size((1, 64, 4, 4))]
+    assert shapes == [torch.Size((4, 64, 4, 4))]
 
 
 def test_weights_changed_between_steps_are_seen():
@@ -236,3 +236,15 @@ def test_a_training_run_reaches_the_same_loss():
         losses.append(float(loss.detach()))
     assert [s.kernel for s in segments] == [kernel()]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_few_pixels_are_left_to_pytorch_unless_a_backend_is_named():
+    x = testing.random_tensor(1, 3, 8, 8)
+    for backend, fused_all in (("auto", False), ("cpu", True)):
+        for frozen in (False, True):
+            model = fused_copy(network(bn=False).requires_grad_(not frozen), backend)
+            _, _, segments = gradients(model, x)
+            # Frozen, a last map of 3x3 is enough; with gradients of the weights it takes more pixels.
+            assert bool(fused_names(segments)) == (fused_all or frozen)
+            if not (fused_all or frozen):
+                assert any("too few pixels" in s.reason for s in segments)

@@ -233,6 +233,9 @@ def _run_chain(
         # The full answer looks around the installation, which takes longer than a small convolution.
         return selection.why_reference(dtype, device) if _recordings else "there is no fused kernel"
     if chain.batch or gradients:
+        small = training.too_small(chain, x, tensors) if backend == "auto" else None
+        if small is not None:
+            return small
         return _run_trainable(container, state, plan, chain, x, kernel, dtype, autocast)
     pack = state.packs.get(chain, sources, tensors, kernel, dtype, autocast, limit)
     if isinstance(pack, str):
