@@ -226,7 +226,7 @@ def _show(paths: list[Path], results: list[Result], weights: Path | None) -> Non
     show(table)
     out.print(
         f"{measure.cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}. "
-        "Speed-up over the faster of the two eager forms; the model's dense layers are PyTorch's in all three."
+        "Speed-up over the faster of the two eager forms."
         + ("" if weights else " The weights are random: the classes mean nothing, their agreement does.")
     )
     for result in results:
