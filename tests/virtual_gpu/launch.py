@@ -30,6 +30,8 @@ _CHUNK_THREADS = 4096
 
 _MEETING_CTAS = 4096  # what they know of each other takes 12 bytes times the square
 
+CACHE = Path(__file__).resolve().parents[2] / "build" / "triton"  # of compiled Triton kernels
+
 TARGETS = (80, 86, 89, 90)  # compute capabilities that Triton may compile for
 
 
@@ -132,6 +134,7 @@ def compile_triton(kernel: Any, arguments: Mapping[str, Any], target: int) -> tu
     Returns:
         Triton's compiled kernel, and the names of the arguments that it still takes.
     """
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
@@ -152,7 +155,10 @@ def compile_triton(kernel: Any, arguments: Mapping[str, Any], target: int) -> tu
         if specialize and isinstance(number, int) and number % 16 == 0:
             attributes[(n,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
-    compiled = compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    with knobs.cache.scope():
+        # Of this checkout alone: another one's cached code has the other one's files in its line numbers.
+        knobs.cache.dir = str(CACHE)
+        compiled = compile(source, target=GPUTarget("cuda", target, 32), options=options)
     return compiled, tuple(name for name in names if signature[name] != "constexpr")
 
 
