@@ -27,26 +27,21 @@ std::string cpu_select(const std::string& dtype, const std::string& precision, c
   return find_microkernel(kernel, dtype_named(dtype), precision_named(precision), flags).name;
 }
 
-std::string cpu_kernels() {
+template <class Kernel>
+std::string names_of(const Kernel* begin, const Kernel* end) {
   std::string names;
-  for (const MicroKernel* k = microkernels_begin(); k != microkernels_end(); ++k) {
-    names += std::string(names.empty() ? "" : " ") + k->name;
-  }
+  for (const Kernel* k = begin; k != end; ++k) names += std::string(names.empty() ? "" : " ") + k->name;
   return names;
 }
+
+std::string cpu_kernels() { return names_of(microkernels_begin(), microkernels_end()); }
 
 std::string cpu_linear_select(const std::string& dtype, const std::string& precision, const std::string& kernel,
                               const std::string& flags) {
   return find_linear_kernel(kernel, dtype_named(dtype), precision_named(precision), flags).name;
 }
 
-std::string cpu_linear_kernels() {
-  std::string names;
-  for (const LinearKernel* k = linear_kernels_begin(); k != linear_kernels_end(); ++k) {
-    names += std::string(names.empty() ? "" : " ") + k->name;
-  }
-  return names;
-}
+std::string cpu_linear_kernels() { return names_of(linear_kernels_begin(), linear_kernels_end()); }
 
 std::string cpu_flags_op() { return cpu_flags(); }
 

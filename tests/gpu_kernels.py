@@ -57,11 +57,16 @@ def interpreted(name: str) -> ModuleType:
     modules, which other tests import, into interpreted ones. It works as long as the kernels call builtins of
     triton.language alone: its own jitted functions (tl.zeros, tl.max, tl.cdiv) are of the mode Triton was imported in.
     """
-    triton = pytest.importorskip("triton", reason="Triton is not installed")
     found = importlib.util.find_spec(f"vgg_fast.kernels.{name}")
     assert found is not None
     assert found.origin is not None
-    spec = importlib.util.spec_from_file_location(f"vgg_fast.kernels._interpreted_{name}", found.origin)
+    return interpreted_file(found.origin, f"vgg_fast.kernels._interpreted_{name}")
+
+
+def interpreted_file(path: str, name: str) -> ModuleType:
+    """The same of any file, as a module of this name."""
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

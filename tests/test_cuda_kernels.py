@@ -11,28 +11,11 @@ import torch
 from gpu_kernels import Huge, cuda_on_host, load
 from torch import Tensor
 
+from tests.virtual_gpu.cases import Conv3x3Args, Maxpool2x2Args
 from vgg_fast import reference, testing
 
 FLOAT16 = 1  # vgg_fast::cuda::DType
 SENTINEL = -1234.0
-
-
-class Conv3x3Args(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "affine", "out")),
-        *((name, ctypes.c_int64) for name in ("n", "h", "w", "cin", "cout")),
-        ("dtype", ctypes.c_int),
-        ("relu", ctypes.c_bool),
-        ("pool", ctypes.c_bool),
-    ]
-
-
-class Maxpool2x2Args(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "out")),
-        *((name, ctypes.c_int64) for name in ("n", "h", "w", "c")),
-        ("dtype", ctypes.c_int),
-    ]
 
 
 def launch_conv3x3(x: Tensor, weight: Tensor, out: Tensor, pool: bool) -> None:

@@ -1,5 +1,6 @@
 // A chain of convolutions in one call: checks it, and hands images and workspace to the threads. stack.cpp computes.
 #include <algorithm>
+#include <utility>
 
 #include "stack.h"
 #include "torch_cpu.h"
@@ -61,7 +62,7 @@ std::vector<Tensor> conv_stack_taps_cpu(const Tensor& x, const std::vector<Tenso
   const DType dtype = dtype_of(x, "conv_stack: x");
   const MicroKernel& kernel = find_microkernel(kernel_name, dtype, Precision::highest, cpu_flags());
   const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
-  const std::vector<Layer> layers = layers_of(x, weights, affines, program, kernel);
+  std::vector<Layer> layers = layers_of(x, weights, affines, program, kernel);
   const int64_t n = x.size(0);
   std::vector<Tensor> results;
   for (const Layer& layer : layers) {
@@ -70,7 +71,7 @@ std::vector<Tensor> conv_stack_taps_cpu(const Tensor& x, const std::vector<Tenso
   const Layer& last = layers.back();
   results.push_back(empty_image(x, n, last.cout, last.out_h(), last.out_w(), channels_last));
   if (n == 0) return results;
-  const Stack stack(kernel, dtype, layers, channels_last, threads);
+  const Stack stack(kernel, dtype, std::move(layers), channels_last, threads);
   // As many images at a time as there are threads, each thread on its own: no waiting between layers. What is
   // left over is shared out layer by layer; parallel_for runs serially inside itself.
   const int64_t alone = n / threads * threads, slot_bytes = stack.workspace_bytes();

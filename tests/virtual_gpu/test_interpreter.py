@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from importlib import util
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -13,27 +12,17 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
-import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from tests.gpu_kernels import interpreted_file
 from tests.virtual_gpu import families, launch, triton_entry
 from vgg_fast import testing
 
 
 @functools.cache
 def interpreted() -> ModuleType:
-    """A copy of families.py whose kernels are interpreted: ``triton.jit`` looks at the knob when it decorates."""
-    spec = util.spec_from_file_location("interpreted_families", families.__file__)
-    assert spec is not None
-    assert spec.loader is not None
-    module = util.module_from_spec(spec)
-    before = triton.knobs.runtime.interpret
-    triton.knobs.runtime.interpret = True
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        triton.knobs.runtime.interpret = before
-    return module
+    """A copy of families.py whose kernels are interpreted."""
+    return interpreted_file(families.__file__, "interpreted_families")
 
 
 def ints(*size: int, limit: int = 2**31, seed: int = 0) -> Tensor:
