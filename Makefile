@@ -19,7 +19,7 @@ gpu-sim: $(VENV)/.installed
 # The library once more, in a folder of its own, built to stop at the first wrong access or undefined operation, under
 # the tests that call it most directly; then csrc/cpu under ThreadSanitizer (its tests are in test_sanitize.py). The other
 # tests add Python around the same calls, and processes that do not inherit the sanitizer. Needs gcc's sanitizers.
-SANITIZED := $(addprefix tests/test_,sanitize.py guard_pages.py conv3x3.py winograd.py conv_stack.py ops.py linear.py weight_grad.py batch_norm_ops.py training.py denormals.py properties.py sizes.py concurrency.py)
+SANITIZED := $(addprefix tests/test_,sanitize.py guard_pages.py conv3x3.py winograd.py conv_stack.py conv_stack_backward.py ops.py linear.py weight_grad.py batch_norm_ops.py training.py denormals.py properties.py sizes.py concurrency.py)
 # For these two commands only: exported to the target, it would also reach the ordinary installation it depends on.
 SANITIZE := VGG_FAST_SANITIZE=address,undefined VGG_FAST_CUDA=0
 SANITIZER = $(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))

@@ -69,6 +69,8 @@ STABLE_TORCH_LIBRARY_IMPL(vgg_fast, CPU, m) {
   m.impl("linear", TORCH_BOX(&vgg_fast::linear_cpu));
   m.impl("linear_pack", TORCH_BOX(&vgg_fast::linear_pack_cpu));
   m.impl("conv_stack_taps", TORCH_BOX(&vgg_fast::conv_stack_taps_cpu));
+  m.impl("conv_stack_masks", TORCH_BOX(&vgg_fast::conv_stack_masks_cpu));
+  m.impl("conv_stack_backward", TORCH_BOX(&vgg_fast::conv_stack_backward_cpu));
   m.impl("fingerprint", TORCH_BOX(&vgg_fast::fingerprint_cpu));
 }
 

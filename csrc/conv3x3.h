@@ -48,6 +48,18 @@ struct Output {
   DType type;      // of the values in memory
 };
 
+// Where a gradient passes: a bit for every value of a convolution's result [ceil(c / 16)][h][w][16 bits], set if the
+// ReLU let it pass and the pool chose it (of equals the first, of NaNs the last).
+inline int64_t mask_bytes(int64_t c, int64_t h, int64_t w) { return ceil_div(c, kVector) * h * w * 2; }
+
+// Where a convolution with a transposed weight computes a gradient: it goes on through the mask of the map it is for,
+// whose pixels were `pooled` or not.
+struct Gate {
+  const char* mask;  // null: there is none
+  int64_t h, w;      // of the mask
+  bool pooled;       // the result is that of windows: pixel (i, j) goes to the chosen one of (2i .. 2i+1, 2j .. 2j+1)
+};
+
 // One convolution of one image, or of a strip of its rows: y = relu(conv(x, weight) * scale + shift), pooled where
 // asked.
 struct Conv3x3Args {
@@ -66,6 +78,8 @@ struct Conv3x3Args {
   int64_t taps;        // 9; 1 when x holds the 3x3 neighbourhoods themselves (im2col)
   bool relu, pool;
   DType round_to;  // precision of the result
+  char* mask;      // what a gradient passes of the result before pooling, written if not null
+  Gate gate;
   // What this thread reads next: lines that a kernel may fetch into L2 while it computes.
   const char* next;
   int64_t next_lines;

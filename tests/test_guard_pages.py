@@ -71,6 +71,18 @@ def check(kernel: str) -> None:
             words, affine = (guarded(t, side) for t in packed)
             y = ops.conv_stack(x, [words], [affine], [3 if pool else 1], kernel, layout == torch.channels_last)
             assert torch.equal(y, expected), (name, dtype, layout, side)
+            if dtype != torch.float16:  # which has no gradients
+                check_backward(x, weight, (words, affine), y, pool, kernel, side)
+
+
+def check_backward(x, weight, packed, y, pool, kernel, side) -> None:
+    """The chain of one layer with a mask, and its gradient."""
+    arguments = [packed[0]], [packed[1]], [3 if pool else 1], kernel, True
+    mask, again = ops.conv_stack_masks(x, *arguments)
+    assert torch.equal(again, y)
+    dy = guarded(torch.ones_like(y, memory_format=torch.channels_last), side)
+    transposed, factor = guarded(ops.pack_transposed(weight, kernel), side), guarded(torch.ones(len(weight)), side)
+    ops.conv_stack_backward(dy, [transposed], [factor], [guarded(mask, side)], arguments[2], x.shape, kernel, True)
 
 
 # Rows and images that end within a vector, a tile or a register block, and whole ones.

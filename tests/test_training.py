@@ -176,7 +176,8 @@ def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
 def test_no_more_is_saved_than_by_pytorch(bn, training, frozen):
     plain = network(bn).train(training).requires_grad_(not frozen)
     x = testing.random_tensor(2, 3, 48, 48).requires_grad_()
-    assert 0 < saved_bytes(fused_copy(plain), x) <= saved_bytes(plain, x)
+    ours, theirs = saved_bytes(fused_copy(plain), x), saved_bytes(plain, x)
+    assert 0 < ours <= (theirs / 16 if frozen and not training else theirs)  # bits in place of values
 
 
 def test_same_bits_for_any_number_of_threads():

@@ -1,4 +1,4 @@
-"""The nodes of autograd that :mod:`vgg_fast.training` makes a chain of: a convolution, and a batch norm.
+"""The nodes of autograd that :mod:`vgg_fast.training` makes a chain of: a convolution, a batch norm, a frozen chain.
 
 Their gradients are kernels of ours. Under ``create_graph=True`` they are formulas of PyTorch instead, which can be
 differentiated again.
@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vgg_fast.ops._layout import suggests_channels_last
+from vgg_fast.ops.conv_stack_backward import sizes, through_gate
+from vgg_fast.packs import Pack
 from vgg_fast.reference import Step
 
 _ops = torch.ops.vgg_fast
@@ -36,9 +38,9 @@ class Packed:
 
 @dataclass(frozen=True)
 class Transposed:
-    """The weight of the convolution that computes the gradient of the input, and what it was made from."""
+    """The weights of the convolutions that compute the gradient of the input, and what they were made from."""
 
-    packed: Tensor
+    packed: list[Tensor]
     stamp: tuple[Any, ...]
 
 
@@ -46,7 +48,7 @@ class Transposed:
 class Task:
     """What a convolution has to know besides its tensors."""
 
-    kept: dict[tuple[int, str, torch.dtype], Transposed]  # transposed packs of the chain
+    kept: dict[Any, Transposed]  # transposed packs of the chain
     position: int
     pack: Packed
     kernel: str
@@ -117,8 +119,9 @@ class Convolution(torch.autograd.Function):
         dx = dw = db = None
         if wanted[0]:
             last = ctx.format or suggests_channels_last(weight)
-            packed = _transposed(task, weight)
-            dx = _ops.conv_stack(dz, [packed], [_identity(ctx.shape[1])], [Step.NONE], task.kernel, last)
+            key = task.position, task.kernel, task.dtype
+            packed = _transposed(task.kept, key, [weight], task.kernel, task.dtype)
+            dx = _ops.conv_stack(dz, packed, [_identity(ctx.shape[1])], [Step.NONE], task.kernel, last)
         if wanted[1]:
             dw = _ops.conv3x3_weight_grad(x.contiguous(memory_format=_LAST), dz, weight, task.kernel)
         if wanted[2]:
@@ -152,17 +155,65 @@ def _differentiable_convolution(
     return dx, dw if dw is None else dw.to(weight.dtype), db
 
 
-def _transposed(task: Task, weight: Tensor) -> Tensor:
-    """The packed weight of the gradient in x; kept for weights that are not trained."""
-    key = task.position, task.kernel, task.dtype
-    stamp = weight.data_ptr(), weight._version, _ops.fingerprint([weight])
-    kept = task.kept.get(key)
-    if kept is not None and kept.stamp == stamp:
-        return kept.packed
-    packed = _ops.pack_transposed(weight.detach().to(task.dtype), task.kernel)
-    if not weight.requires_grad:
-        task.kept[key] = Transposed(packed, stamp)
+def _transposed(
+    kept: dict[Any, Transposed], key: tuple[Any, ...], weights: Sequence[Tensor], kernel: str, dtype: torch.dtype
+) -> list[Tensor]:
+    """The packed weights of the gradient in x; kept for weights that are not trained."""
+    stamp = *((weight.data_ptr(), weight._version) for weight in weights), _ops.fingerprint(weights)
+    known = kept.get(key)
+    if known is not None and known.stamp == stamp:
+        return known.packed
+    packed = [_ops.pack_transposed(weight.detach().to(dtype), kernel) for weight in weights]
+    if not any(weight.requires_grad for weight in weights):
+        kept[key] = Transposed(packed, stamp)
     return packed
+
+
+# --- a chain whose weights are constants ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ChainTask:
+    """What a frozen chain has to know besides its tensors."""
+
+    kept: dict[Any, Transposed]  # transposed packs of the chain
+    pack: Pack
+    factors: list[Tensor]  # fp32 [Cout], of batch norms that are folded into the convolutions
+    program: list[int]
+    kernel: str
+    dtype: torch.dtype
+    channels_last: bool
+
+
+class FrozenChain(torch.autograd.Function):
+    """A whole chain in one call each way; saves a bit for every value, and no values."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, task: ChainTask, *weights: Tensor) -> Tensor:
+        pack = task.pack
+        *masks, y = _ops.conv_stack_masks(x, pack.weights, pack.affines, task.program, task.kernel, task.channels_last)
+        ctx.task, ctx.shape = task, list(x.shape)
+        ctx.channels_last = suggests_channels_last(x) or suggests_channels_last(weights[0])
+        ctx.save_for_backward(*weights, *masks)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        task: ChainTask = ctx.task
+        program, steps = task.program, len(task.program)
+        weights, masks = ctx.saved_tensors[:steps], list(ctx.saved_tensors[steps:])
+        if torch.is_grad_enabled():
+            maps = sizes(program, *ctx.shape[2:])
+            for i in reversed(range(steps)):
+                mask = masks.pop() if program[i] & (Step.RELU | Step.POOL) else None
+                dz = through_gate(grad, mask, task.factors[i], bool(program[i] & Step.POOL), maps[i])
+                grad = F.conv_transpose2d(dz, weights[i].to(dz.dtype), padding=1)
+            dx = grad
+        else:
+            packed = _transposed(task.kept, (task.kernel, task.dtype), weights, task.kernel, task.dtype)
+            dy, options = grad.contiguous(memory_format=_LAST), (ctx.shape, task.kernel, ctx.channels_last)
+            dx = _ops.conv_stack_backward(dy, packed, task.factors, masks, program, *options)
+        return dx, None, *[None] * steps
 
 
 # --- batch norm -----------------------------------------------------------------------------------------------------

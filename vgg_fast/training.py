@@ -1,23 +1,34 @@
-"""A chain of convolutions under gradients: run by run, each saving for its gradient no more than PyTorch would.
+"""A chain of convolutions under gradients, saving for its gradient no more than PyTorch would.
 
-A run is one or two nodes of autograd: ``Convolution`` (with what follows it, a frozen batch norm included) and, where
-batch norm has statistics of the batch or parameters that are trained, ``Normalisation``. Their gradients are kernels of
-ours. Under ``create_graph=True`` they are formulas of PyTorch instead, which can be differentiated again.
+A chain of which nothing is trained is one node of autograd, ``FrozenChain``. Else a run is one or two: ``Convolution``
+(with what follows it, a frozen batch norm included) and, where batch norm has statistics of the batch or parameters
+that are trained, ``Normalisation``. Their gradients are kernels of ours. Under ``create_graph=True`` they are formulas
+of PyTorch instead, which can be differentiated again.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vgg_fast import fold, selection
 from vgg_fast.chains import Chain, Run, Sources, output_channels_last
-from vgg_fast.gradients import Convolution, Normalisation, Packed, Task, Transposed, normalises_with
+from vgg_fast.gradients import (
+    ChainTask,
+    Convolution,
+    FrozenChain,
+    Normalisation,
+    Packed,
+    Task,
+    Transposed,
+    normalises_with,
+)
 from vgg_fast.ops._layout import suggests_channels_last
-from vgg_fast.packs import PackCache
+from vgg_fast.packs import Pack, PackCache
 from vgg_fast.reference import Step
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -57,7 +68,21 @@ class Trainable:
     def __init__(self, chain: Chain, sources: Sources, modules: Sequence[nn.Module]) -> None:
         self.chain, self.sources = chain, sources
         self.parts = [_Part(run, eps, modules) for run, eps in zip(chain.runs, chain.eps, strict=True)]
-        self.transposed: dict[tuple[int, str, torch.dtype], Transposed] = {}
+        self.transposed: dict[Any, Transposed] = {}
+        self.factors: tuple[Pack | None, list[Tensor]] = None, []
+
+    def factors_of(self, pack: Pack) -> list[Tensor]:
+        """Scales of the batch norms that are folded into a pack; computed once per pack."""
+        of, factors = self.factors
+        if of is not pack:
+            factors = [_factor(part.bn, channels) for part, channels in zip(self.parts, pack.channels[1:], strict=True)]
+            self.factors = pack, factors
+        return factors
+
+    def frozen(self) -> bool:
+        """Whether nothing of the chain is trained."""
+        convs = (part.conv for part in self.parts)
+        return not any(p.requires_grad for conv in convs for p in (conv.weight, conv.bias) if p is not None)
 
 
 class _Part:
@@ -106,6 +131,8 @@ def run_chain(
     if dtype not in DTYPES or kernel not in _cpu_kernels():
         return f"gradients or batch statistics of {dtype} by kernel {kernel!r} are left to PyTorch"
     separate = [part.separate() for part in trainable.parts]
+    if not any(separate) and trainable.frozen():
+        return _run_frozen(trainable, cache, x, kernel, dtype, autocast)
     packs = _packs(trainable, cache, separate, kernel, dtype, autocast)
     if isinstance(packs, str):
         return packs
@@ -134,11 +161,26 @@ def run_chain(
             x = Convolution.apply(x, conv.weight, conv.bias, task, [None])
             x = Normalisation.apply(x, bn.weight, bn.bias, *normalises_with(bn), bn, relu, pool, inside)
         else:
-            factor = None if bn is None else _factor(bn)
+            factor = None if bn is None else _factor(bn, pack.cout)
             task = Task(trainable.transposed, i, pack, kernel, dtype, relu, pool, inside, factor)
             x = Convolution.apply(x, conv.weight, conv.bias, task, [befores[i]])
             befores[i] = None
     return x
+
+
+def _run_frozen(
+    trainable: Trainable, cache: PackCache, x: Tensor, kernel: str, dtype: torch.dtype, autocast: bool
+) -> Tensor | str:
+    chain = trainable.chain
+    pack = _pack(trainable, chain, trainable.sources, cache, kernel, dtype, autocast)
+    if isinstance(pack, str):
+        return pack
+    if pack.device != x.device or pack.channels[0] != x.shape[1]:
+        return f"{x.shape[1]} channels on {x.device} meet weights for {pack.channels[0]} on {pack.device}"
+    last = output_channels_last(chain, suggests_channels_last(x), pack.channels_last, x.shape, pack.channels[1:])
+    factors, program = trainable.factors_of(pack), [int(step) for step in chain.program]
+    task = ChainTask(trainable.transposed, pack, factors, program, kernel, dtype, last)
+    return FrozenChain.apply(x.to(dtype), task, *(part.conv.weight for part in trainable.parts))
 
 
 def _values(chain: Chain, packs: list[Packed], x: Tensor, kernel: str) -> list[Tensor | None]:
@@ -164,10 +206,7 @@ def _packs(
         ]
     packed = []
     for chain, sources in chains:
-        tensors = sources.read()
-        if tensors is None:
-            return "a parameter came or went since the children were parsed"
-        pack = cache.get(chain, sources, tensors, kernel, dtype, autocast, limit=4 * len(trainable.parts) + 4)
+        pack = _pack(trainable, chain, sources, cache, kernel, dtype, autocast)
         if isinstance(pack, str):
             return pack
         for i, (weight, affine) in enumerate(zip(pack.weights, pack.affines, strict=True)):
@@ -176,13 +215,30 @@ def _packs(
     return packed
 
 
+def _pack(
+    trainable: Trainable,
+    chain: Chain,
+    sources: Sources,
+    cache: PackCache,
+    kernel: str,
+    dtype: torch.dtype,
+    autocast: bool,
+) -> Pack | str:
+    tensors = sources.read()
+    if tensors is None:
+        return "a parameter came or went since the children were parsed"
+    return cache.get(chain, sources, tensors, kernel, dtype, autocast, limit=4 * len(trainable.parts) + 4)
+
+
 @functools.cache
 def _cpu_kernels() -> frozenset[str]:
     return frozenset(selection.cpu_kernels())
 
 
-def _factor(bn: nn.Module) -> Tensor:
+def _factor(bn: nn.Module | None, channels: int) -> Tensor:
     """Scale of a batch norm in evaluation."""
+    if bn is None:
+        return torch.ones(channels)
     assert isinstance(bn, nn.BatchNorm2d)
     vectors = (bn.running_mean, bn.running_var, bn.weight, bn.bias)
     with torch.no_grad():

@@ -133,6 +133,18 @@ Tensor bn_relu_pool_backward_cpu(const Tensor& dy, const Tensor& z, const Tensor
   return dz;
 }
 
+Tensor gradient_through_gate(const Tensor& dy, const Gate& gate, const float* factors) {
+  check_map(dy, "conv_stack_backward: dy");
+  Tensor dz = empty_image(dy, dy.size(0), dy.size(1), gate.h, gate.w, true);
+  PassArgs args = pass_args(dz, "conv_stack_backward: dy", false, gate.pooled);
+  args.dy = static_cast<const char*>(dy.const_data_ptr());
+  args.out = static_cast<char*>(dz.mutable_data_ptr());
+  args.factor = factors;
+  args.mask = gate.mask;
+  run(select_passes(cpu_flags()).gated, args);
+  return dz;
+}
+
 std::string cpu_passes() { return select_passes(cpu_flags()).name; }
 
 }  // namespace vgg_fast

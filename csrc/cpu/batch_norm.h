@@ -5,8 +5,8 @@
 //              dz = g * factor + ((z - mean) * slope + offset)          (the brackets for batch statistics only)
 //
 // What is saved for the gradient is z alone: masks and the pool's choice (the first of equals, the last of NaNs) are
-// found again by the same arithmetic. No sum is shared by threads: every unit of rows leaves its own partial sums
-// behind, which are added up in the order of the units.
+// found again by the same arithmetic; or else a mask is. No sum is shared by threads: every unit of rows leaves its own
+// partial sums behind, which are added up in the order of the units.
 #pragma once
 #include <string>
 
@@ -24,6 +24,7 @@ struct PassArgs {
   int64_t n, h, w, c;                           // of z
   DType type;                                   // of all maps
   bool relu, pool;
+  const char* mask;  // in place of z, see conv3x3.h; may be null
 
   int64_t out_h() const { return pool ? h / 2 : h; }
   int64_t out_w() const { return pool ? w / 2 : w; }
@@ -45,6 +46,7 @@ struct Passes {
   PassFn value;          // out = v
   PassFn moments;        // sums = mean over the unit, sum of squared distances from it
   PassFn gradient;       // out = dz
+  PassFn gated;          // out = dz, of a mask instead of z
   PassFn gradient_sums;  // sums = sum of g, sum of g * (z - mean)
   // to[c * to_row + r] = from[r * from_row + c] for all rows r and columns c, in fp32 or bf16.
   void (*transpose)(const float* from, int64_t from_row, int64_t rows, int64_t columns, char* to, int64_t to_row,

@@ -185,6 +185,35 @@ VGG_TARGET void gradient_unit(const PassArgs& a, int64_t unit) {
   }
 }
 
+template <DType kType, bool kPool>
+VGG_TARGET void gated_unit(const PassArgs& a, int64_t unit) {
+  constexpr int64_t kSize = element_size(kType), kStep = kPool ? 2 : 1;
+  const Mask bit = Mask{1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+  const UnitRows rows = rows_of(a, unit, (a.h + kStep - 1) / kStep);
+  const int64_t pixel = a.c * kSize;
+  for (int64_t y = rows.begin * kStep; y < rows.end * kStep && y < a.h; ++y) {
+    char* out = a.out + (rows.image * a.h + y) * a.w * pixel;
+    const char* dy = a.dy + (rows.image * a.out_h() + y / kStep) * a.out_w() * pixel;
+    for (int64_t c = 0; c < a.c; c += kLanes) {
+      const int64_t lanes = a.c - c;
+      const Vec factor = load_floats(a.factor + c, lanes);
+      const int64_t plane = rows.image * ceil_div(a.c, kLanes) + c / kLanes;
+      const char* masks = a.mask == nullptr ? nullptr : a.mask + (plane * a.h + y) * a.w * 2;
+      for (int64_t x = 0; x < a.w; ++x) {
+        Vec v{};
+        if (y / kStep < a.out_h() && x / kStep < a.out_w()) {
+          v = load<kType>(dy + x / kStep * pixel + c * kSize, lanes) * factor;
+          uint16_t bits = 0xffff;
+          if (masks != nullptr) __builtin_memcpy(&bits, masks + 2 * x, 2);
+          const Mask pass = (bit & int32_t{bits}) != 0;
+          v = pass ? v : Vec{};
+        }
+        store<kType>(out + x * pixel + c * kSize, v, lanes);
+      }
+    }
+  }
+}
+
 constexpr int kColumns = 4;  // vectors that are summed up side by side: four lines in a row from each pixel
 
 template <int kVecs>
@@ -274,5 +303,6 @@ VGG_TARGET void gradient_either(const PassArgs& a, int64_t unit) {
 VGG_PASS(value_unit)
 VGG_PASS(moments_unit)
 VGG_PASS(gradient_either)
+VGG_PASS(gated_unit)
 VGG_PASS(gradient_sums_unit)
 #undef VGG_PASS

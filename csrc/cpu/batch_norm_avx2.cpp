@@ -13,8 +13,8 @@ namespace {
 }  // namespace
 
 const Passes kPassesAvx2{
-    "avx2",   "avx2 fma f16c", pass_value_unit, pass_moments_unit, pass_gradient_either, pass_gradient_sums_unit,
-    transpose};
+    "avx2",          "avx2 fma f16c",         pass_value_unit, pass_moments_unit, pass_gradient_either,
+    pass_gated_unit, pass_gradient_sums_unit, transpose};
 
 }  // namespace vgg_fast
 #endif

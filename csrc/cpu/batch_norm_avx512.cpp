@@ -17,6 +17,7 @@ const Passes kPassesAvx512{"avx512",
                            pass_value_unit,
                            pass_moments_unit,
                            pass_gradient_either,
+                           pass_gated_unit,
                            pass_gradient_sums_unit,
                            transpose};
 

@@ -12,6 +12,7 @@ namespace {
 }  // namespace
 
 const Passes kPassesPortable{
-    "portable", "", pass_value_unit, pass_moments_unit, pass_gradient_either, pass_gradient_sums_unit, transpose};
+    "portable", "", pass_value_unit, pass_moments_unit, pass_gradient_either, pass_gated_unit, pass_gradient_sums_unit,
+    transpose};
 
 }  // namespace vgg_fast

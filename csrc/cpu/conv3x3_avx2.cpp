@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "weight_grad.h"
 #include "winograd.h"
@@ -47,6 +48,18 @@ struct Avx2 {
     return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n > 8 ? 8 : n < 0 ? 0 : int(n)), lane));
   }
   VGG_TARGET static Vec keep(Vec v, Mask mask) { return _mm256_and_ps(v, mask); }
+  // A bit for every lane.
+  VGG_TARGET static unsigned greater_or_nan(Vec v, Vec than) {
+    return _mm256_movemask_ps(_mm256_or_ps(_mm256_cmp_ps(v, than, _CMP_GT_OQ), _mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
+  }
+  VGG_TARGET static unsigned not_below_or_zero(Vec v) {
+    return _mm256_movemask_ps(_mm256_cmp_ps(v, zero(), _CMP_NLE_UQ));
+  }
+  VGG_TARGET static Vec keep_bits(Vec v, unsigned bits) {
+    const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i set = _mm256_and_si256(_mm256_set1_epi32(int(bits)), bit);
+    return keep(v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, bit)));
+  }
   VGG_TARGET static __m256i bf16_bits(Vec v) {  // the rounded value's bits, in the upper halves
     const __m256i bits = _mm256_castps_si256(v), one = _mm256_set1_epi32(1);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);

@@ -1,5 +1,6 @@
 // fp32 on any CPU: the compiler splits a 16-lane vector into what the baseline instruction set has.
 #include <algorithm>
+#include <type_traits>
 
 #include "../conv3x3.h"
 #include "convert.h"
@@ -42,6 +43,18 @@ struct Portable {
     return mask;
   }
   static Vec keep(Vec v, Mask mask) { return mask ? v : Vec{}; }
+  // A bit for every lane.
+  static unsigned bits_of(Mask mask) {
+    unsigned bits = 0;
+    for (int i = 0; i < kLanes; ++i) bits |= unsigned(mask[i] != 0) << i;
+    return bits;
+  }
+  static unsigned greater_or_nan(Vec v, Vec than) { return bits_of((v > than) | (v != v)); }
+  static unsigned not_below_or_zero(Vec v) { return bits_of(~(v <= Vec{})); }
+  static Vec keep_bits(Vec v, unsigned bits) {
+    for (int i = 0; i < kLanes; ++i) v[i] = bits >> i & 1 ? v[i] : 0.0f;
+    return v;
+  }
   static void store_bf16(char* p, Vec v) {
     uint16_t out[kLanes];
     for (int i = 0; i < kLanes; ++i) out[i] = float_to_bf16(v[i]);

@@ -1,5 +1,7 @@
 // A chain of convolutions in one call: checks it, and hands images and workspace to the threads. stack.cpp computes.
 #include <algorithm>
+#include <cstring>
+#include <functional>
 #include <utility>
 
 #include "stack.h"
@@ -10,6 +12,31 @@ namespace {
 
 enum Step : int64_t { kRelu = 1, kPool = 2, kTap = 4 };  // vgg_fast.reference.Step
 
+// A layer whose scale and shift are still zeros.
+Layer layer_of(const Tensor& weight, size_t i, int64_t cin, int64_t cout, int64_t h, int64_t w,
+               const MicroKernel& kernel) {
+  Layer layer{};
+  layer.cin = cin;
+  layer.cout = cout;
+  layer.h = h;
+  layer.w = w;
+  const int64_t words = kernel.weight_words(cout, cin);
+  STD_TORCH_CHECK(
+      weight.scalar_type() == ScalarType::Int && weight.numel() == words && weight.is_contiguous() && weight.is_cpu(),
+      "conv_stack: weight ", i, " is not what pack(..., '", kernel.name, "') returns for ", cin, " -> ", cout,
+      " channels: ", weight.numel(), " words instead of ", words);
+  layer.weight = static_cast<const uint32_t*>(weight.const_data_ptr());
+  layer.affine.assign(2 * kernel.groups(cout) * kernel.group, 0.0f);
+  return layer;
+}
+
+const float* factor_of(const Tensor& factor, int64_t channels) {
+  STD_TORCH_CHECK(factor.scalar_type() == ScalarType::Float && factor.numel() == channels && factor.is_contiguous() &&
+                      factor.is_cpu(),
+                  "conv_stack_backward: a factor must be a contiguous fp32 CPU tensor of ", channels, " elements");
+  return static_cast<const float*>(factor.const_data_ptr());
+}
+
 std::vector<Layer> layers_of(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& affines,
                              const std::vector<int64_t>& program, const MicroKernel& kernel) {
   std::vector<Layer> layers;
@@ -17,31 +44,19 @@ std::vector<Layer> layers_of(const Tensor& x, const std::vector<Tensor>& weights
   STD_TORCH_CHECK(channels > 0 && h > 0 && w > 0, "conv_stack: x has no channels or no pixels: [", x.size(0), ", ",
                   channels, ", ", h, ", ", w, "]");
   for (size_t i = 0; i < program.size(); ++i) {
-    const Tensor &weight = weights[i], &affine = affines[i];
+    const Tensor& affine = affines[i];
     STD_TORCH_CHECK(affine.dim() == 2 && affine.size(0) == 2 && affine.scalar_type() == ScalarType::Float &&
                         affine.is_contiguous() && affine.is_cpu(),
                     "conv_stack: affine ", i, " must be a contiguous fp32 CPU tensor [2, Cout] as pack returns it");
-    Layer layer{};
-    layer.cin = channels;
-    layer.cout = affine.size(1);
-    layer.h = h;
-    layer.w = w;
+    Layer layer = layer_of(weights[i], i, channels, affine.size(1), h, w, kernel);
+    const float* vectors = static_cast<const float*>(affine.const_data_ptr());
+    std::copy_n(vectors, layer.cout, layer.affine.begin());
+    std::copy_n(vectors + layer.cout, layer.cout, layer.affine.begin() + layer.affine.size() / 2);
     layer.relu = program[i] & kRelu;
     layer.pool = program[i] & kPool;
     layer.tap = program[i] & kTap;
-    const int64_t words = kernel.weight_words(layer.cout, layer.cin);
-    STD_TORCH_CHECK(
-        weight.scalar_type() == ScalarType::Int && weight.numel() == words && weight.is_contiguous() && weight.is_cpu(),
-        "conv_stack: weight ", i, " is not what pack(..., '", kernel.name, "') returns for ", layer.cin, " -> ",
-        layer.cout, " channels: ", weight.numel(), " words instead of ", words);
     STD_TORCH_CHECK(!layer.pool || (h >= 2 && w >= 2), "conv_stack: a ", h, "x", w,
                     " map cannot be pooled 2x2: Output size is too small");
-    layer.weight = static_cast<const uint32_t*>(weight.const_data_ptr());
-    const float* vectors = static_cast<const float*>(affine.const_data_ptr());
-    const int64_t lanes = kernel.groups(layer.cout) * kernel.group;
-    layer.affine.assign(2 * lanes, 0.0f);
-    std::copy_n(vectors, layer.cout, layer.affine.begin());
-    std::copy_n(vectors + layer.cout, layer.cout, layer.affine.begin() + lanes);
     h = layer.out_h();
     w = layer.out_w();
     channels = layer.cout;
@@ -50,11 +65,48 @@ std::vector<Layer> layers_of(const Tensor& x, const std::vector<Tensor>& weights
   return layers;
 }
 
-}  // namespace
+// Where the chain of one image begins and ends.
+using ImageOf = std::function<std::pair<Image, Results>(int64_t image)>;
 
-std::vector<Tensor> conv_stack_taps_cpu(const Tensor& x, const std::vector<Tensor>& weights,
-                                        const std::vector<Tensor>& affines, const std::vector<int64_t>& program,
-                                        const std::string& kernel_name, bool channels_last) {
+// As many images at a time as there are threads, each thread on its own: no waiting between layers. What is left over
+// is shared out layer by layer; parallel_for runs serially inside itself.
+void run_images(const Stack& stack, int64_t n, int64_t threads, const Tensor& like, const ImageOf& image_of) {
+  const int64_t alone = n / threads * threads, slot_bytes = stack.workspace_bytes();
+  const Tensor workspace =
+      torch::stable::empty({(alone ? threads : 1) * slot_bytes + kLine}, ScalarType::Byte, std::nullopt, like.device());
+  const auto address = reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr());
+  char* base = reinterpret_cast<char*>((address + kLine - 1) / kLine * kLine);
+  const auto run_image = [&](int64_t image, int64_t slot) {
+    const auto [x, results] = image_of(image);
+    stack.run(x, results, base + slot * slot_bytes);
+  };
+  torch::stable::parallel_for(0, alone ? threads : 0, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t slot = begin; slot < end; ++slot) {
+      for (int64_t image = slot; image < alone; image += threads) run_image(image, slot);
+    }
+  });
+  for (int64_t image = alone; image < n; ++image) run_image(image, 0);
+}
+
+// [n][ceil(c / 16)][h][w][2] bytes. What no window of the pool holds is never written, but read by who unpacks it.
+Tensor empty_mask(const Tensor& like, int64_t n, const Layer& layer) {
+  const Tensor mask = torch::stable::empty({n, ceil_div(layer.cout, kVector), layer.h, layer.w, 2}, ScalarType::Byte,
+                                           std::nullopt, like.device());
+  if (layer.pool && (layer.h % 2 || layer.w % 2)) {
+    std::memset(mask.mutable_data_ptr(), 0, n * mask_bytes(layer.cout, layer.h, layer.w));
+  }
+  return mask;
+}
+
+char* mask_of(const Tensor& masks, int64_t image) {
+  const char* data = static_cast<const char*>(masks.const_data_ptr());
+  return const_cast<char*>(data) + image * masks.size(1) * masks.size(2) * masks.size(3) * masks.size(4);
+}
+
+// The chain forward: its taps or its masks, in order, then the result.
+std::vector<Tensor> run_chain(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& affines,
+                              const std::vector<int64_t>& program, const std::string& kernel_name, bool channels_last,
+                              bool with_masks) {
   STD_TORCH_CHECK(x.dim() == 4, "conv_stack: x must be [N, C, H, W], got ", x.dim(), " dimensions");
   STD_TORCH_CHECK(!program.empty() && weights.size() == program.size() && affines.size() == program.size(),
                   "conv_stack: ", weights.size(), " weights and ", affines.size(), " affines for a program of ",
@@ -64,33 +116,45 @@ std::vector<Tensor> conv_stack_taps_cpu(const Tensor& x, const std::vector<Tenso
   const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
   std::vector<Layer> layers = layers_of(x, weights, affines, program, kernel);
   const int64_t n = x.size(0);
-  std::vector<Tensor> results;
-  for (const Layer& layer : layers) {
+  std::vector<Tensor> results, masks;
+  std::vector<int64_t> mask_of_layer(layers.size(), -1);
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const Layer& layer = layers[i];
     if (layer.tap) results.push_back(empty_image(x, n, layer.cout, layer.h, layer.w, channels_last));
+    if (!with_masks || !(layer.relu || layer.pool)) continue;
+    mask_of_layer[i] = int64_t(masks.size());
+    masks.push_back(empty_mask(x, n, layer));
   }
   const Layer& last = layers.back();
   results.push_back(empty_image(x, n, last.cout, last.out_h(), last.out_w(), channels_last));
-  if (n == 0) return results;
-  const Stack stack(kernel, dtype, std::move(layers), channels_last, threads);
-  // As many images at a time as there are threads, each thread on its own: no waiting between layers. What is
-  // left over is shared out layer by layer; parallel_for runs serially inside itself.
-  const int64_t alone = n / threads * threads, slot_bytes = stack.workspace_bytes();
-  const Tensor workspace =
-      torch::stable::empty({(alone ? threads : 1) * slot_bytes + kLine}, ScalarType::Byte, std::nullopt, x.device());
-  const auto address = reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr());
-  char* base = reinterpret_cast<char*>((address + kLine - 1) / kLine * kLine);
-  const auto run_image = [&](int64_t image, int64_t slot) {
-    Results of_image{{}, image_of(results.back(), dtype, image)};
-    for (size_t i = 0; i + 1 < results.size(); ++i) of_image.taps.push_back(image_of(results[i], dtype, image));
-    stack.run(image_of(x, dtype, image), of_image, base + slot * slot_bytes);
-  };
-  torch::stable::parallel_for(0, alone ? threads : 0, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t slot = begin; slot < end; ++slot) {
-      for (int64_t image = slot; image < alone; image += threads) run_image(image, slot);
-    }
-  });
-  for (int64_t image = alone; image < n; ++image) run_image(image, 0);
-  return results;
+  if (n > 0) {
+    const Stack stack(kernel, dtype, std::move(layers), channels_last, threads);
+    run_images(stack, n, threads, x, [&](int64_t image) {
+      Results of_image{{}, image_of(results.back(), dtype, image), {}, {}};
+      for (size_t i = 0; i + 1 < results.size(); ++i) of_image.taps.push_back(image_of(results[i], dtype, image));
+      for (const int64_t mask : mask_of_layer) {
+        of_image.masks.push_back(mask < 0 ? nullptr : mask_of(masks[mask], image));
+      }
+      return std::pair(image_of(x, dtype, image), std::move(of_image));
+    });
+  }
+  masks.insert(masks.end(), results.begin(), results.end());
+  return masks;
+}
+
+}  // namespace
+
+std::vector<Tensor> conv_stack_taps_cpu(const Tensor& x, const std::vector<Tensor>& weights,
+                                        const std::vector<Tensor>& affines, const std::vector<int64_t>& program,
+                                        const std::string& kernel, bool channels_last) {
+  return run_chain(x, weights, affines, program, kernel, channels_last, false);
+}
+
+std::vector<Tensor> conv_stack_masks_cpu(const Tensor& x, const std::vector<Tensor>& weights,
+                                         const std::vector<Tensor>& affines, const std::vector<int64_t>& program,
+                                         const std::string& kernel, bool channels_last) {
+  for (const int64_t step : program) STD_TORCH_CHECK(!(step & kTap), "conv_stack_masks: a program without taps");
+  return run_chain(x, weights, affines, program, kernel, channels_last, true);
 }
 
 Tensor conv_stack_cpu(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& affines,
@@ -98,7 +162,63 @@ Tensor conv_stack_cpu(const Tensor& x, const std::vector<Tensor>& weights, const
   for (const int64_t step : program) {
     STD_TORCH_CHECK(!(step & kTap), "conv_stack: a program with taps returns several tensors: call conv_stack_taps");
   }
-  return conv_stack_taps_cpu(x, weights, affines, program, kernel, channels_last).back();
+  return run_chain(x, weights, affines, program, kernel, channels_last, false).back();
+}
+
+// The same chain from its end, with transposed weights. What stands between two of its convolutions is what stood
+// between those of the chain: the mask and the factor of the lower one. Those of the last step come first.
+Tensor conv_stack_backward_cpu(const Tensor& dy, const std::vector<Tensor>& weights, const std::vector<Tensor>& factors,
+                               const std::vector<Tensor>& masks, const std::vector<int64_t>& program,
+                               const std::vector<int64_t>& size, const std::string& kernel_name, bool channels_last) {
+  const size_t steps = program.size();
+  STD_TORCH_CHECK(steps > 0 && weights.size() == steps && factors.size() == steps && size.size() == 4,
+                  "conv_stack_backward: ", weights.size(), " weights, ", factors.size(), " factors and ", size.size(),
+                  " sizes for a program of ", steps, " steps; it needs one of each per step, and the four sizes of x");
+  const DType dtype = dtype_of(dy, "conv_stack_backward: dy");
+  const MicroKernel& kernel = find_microkernel(kernel_name, dtype, Precision::highest, cpu_flags());
+  const int64_t n = size[0], threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+  std::vector<Layer> layers;
+  std::vector<const Tensor*> gates;  // of every layer, that of the step below it
+  Gate below{};
+  const Tensor* mask = nullptr;
+  auto next = masks.begin();
+  int64_t channels = size[1], h = size[2], w = size[3];
+  for (size_t i = 0; i < steps; ++i) {
+    layers.push_back(layer_of(weights[i], i, factors[i].numel(), channels, h, w, kernel));
+    Layer& layer = layers.back();
+    const float* scale = i == 0 ? nullptr : factor_of(factors[i - 1], channels);
+    for (int64_t c = 0; c < channels; ++c) layer.affine[c] = scale == nullptr ? 1.0f : scale[c];
+    layer.below = below;
+    gates.push_back(mask);
+    channels = layer.cin;
+    mask = nullptr;
+    if (program[i] & (kRelu | kPool)) {
+      STD_TORCH_CHECK(next != masks.end() && next->numel() == n * mask_bytes(channels, h, w) && next->dim() == 5 &&
+                          next->scalar_type() == ScalarType::Byte && next->is_contiguous() && next->is_cpu(),
+                      "conv_stack_backward: the mask of step ", i, " is not that of ", n, " maps of ", channels,
+                      " channels of ", h, "x", w);
+      mask = &*next++;
+    }
+    below = Gate{nullptr, h, w, bool(program[i] & kPool)};
+    h = below.pooled ? h / 2 : h;
+    w = below.pooled ? w / 2 : w;
+  }
+  const char* top = mask == nullptr ? nullptr : static_cast<const char*>(mask->const_data_ptr());
+  below.mask = top;
+  STD_TORCH_CHECK(dy.dim() == 4 && dy.size(0) == n && dy.size(1) == channels && dy.size(2) == h && dy.size(3) == w,
+                  "conv_stack_backward: dy must be [", n, ", ", channels, ", ", h, ", ", w, "]");
+  const Tensor dz = gradient_through_gate(dy, below, factor_of(factors.back(), channels));
+  Tensor dx = empty_image(dy, n, size[1], size[2], size[3], channels_last);
+  if (n == 0) return dx;
+  std::reverse(layers.begin(), layers.end());
+  std::reverse(gates.begin(), gates.end());
+  const Stack stack(kernel, dtype, std::move(layers), channels_last, threads);
+  run_images(stack, n, threads, dy, [&](int64_t image) {
+    Results of_image{{}, image_of(dx, dtype, image), {}, {}};
+    for (const Tensor* gate : gates) of_image.gates.push_back(gate == nullptr ? nullptr : mask_of(*gate, image));
+    return std::pair(image_of(dz, dtype, image), std::move(of_image));
+  });
+  return dx;
 }
 
 }  // namespace vgg_fast

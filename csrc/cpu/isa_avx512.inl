@@ -27,6 +27,12 @@ struct Avx512 {
   }
   VGG_TARGET static Mask first_lanes(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : Mask((1u << n) - 1); }
   VGG_TARGET static Vec keep(Vec v, Mask mask) { return _mm512_maskz_mov_ps(mask, v); }
+  // A bit for every lane.
+  VGG_TARGET static unsigned greater_or_nan(Vec v, Vec than) {
+    return _mm512_cmp_ps_mask(v, than, _CMP_GT_OQ) | _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  }
+  VGG_TARGET static unsigned not_below_or_zero(Vec v) { return _mm512_cmp_ps_mask(v, zero(), _CMP_NLE_UQ); }
+  VGG_TARGET static Vec keep_bits(Vec v, unsigned bits) { return keep(v, Mask(bits)); }
   VGG_TARGET static __m512i bf16_bits(Vec v) {  // the rounded value's bits, in the upper halves
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));

@@ -1,6 +1,7 @@
 #include "stack.h"
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 
 #include "denormals.h"
@@ -76,7 +77,8 @@ WinogradPlan Stack::plan(const Layer& layer) const {
 bool Stack::strips() const {
   if (layers_.size() < 2 || leaves_image(0)) return false;
   const Layer &first = layers_[0], &second = layers_[1];
-  if (first.tap || winograd(first) || (winograd(second) && !plan(second).share_weights)) return false;
+  if (first.tap || first.below.pooled || winograd(first) || (winograd(second) && !plan(second).share_weights))
+    return false;
   const int64_t first_products = first.cin * first.cout * (first.pool ? 4 : 1);
   return kStripGain * first_products <= second.cin * second.cout &&
          map_bytes(planes(first), first.out_h(), first.out_w()) > kSmallMap;
@@ -103,7 +105,8 @@ Stack::Buffers Stack::buffers(size_t i) const {
   return b;
 }
 
-Conv3x3Args Stack::arguments(const Layer& layer) const {
+Conv3x3Args Stack::arguments(size_t i, const Results& results) const {
+  const Layer& layer = layers_[i];
   const int64_t block = kernel_.block(), taps = kernel_.taps(layer.cin), blocks = kernel_.cin_blocks(layer.cin);
   const int64_t channels = taps == 1 ? kTaps * layer.cin : layer.cin;
   Conv3x3Args args{};
@@ -120,6 +123,9 @@ Conv3x3Args Stack::arguments(const Layer& layer) const {
   args.relu = layer.relu;
   args.pool = layer.pool;
   args.round_to = dtype_;
+  if (!results.masks.empty()) args.mask = results.masks[i];
+  args.gate = layer.below;
+  if (!results.gates.empty()) args.gate.mask = results.gates[i];
   return args;
 }
 
@@ -221,7 +227,7 @@ Stack::Strip Stack::strip_of(int64_t strip, int64_t strips, int64_t rows) const 
 
 // The first two layers. Of the maps before and between them only the rows of a strip exist, but rows are counted as in
 // the whole map. args: of the second layer, complete but for its input.
-void Stack::run_strips(const Image& x, const Conv3x3Args& args, char* shared) const {
+void Stack::run_strips(const Image& x, const Results& results, const Conv3x3Args& args, char* shared) const {
   const Layer &first = layers_[0], &second = layers_[1];
   const int64_t rows = second.pool && !second.tap ? second.h / 2 * 2 : second.h;
   const int64_t scale = first.pool ? 2 : 1, x_pitch = (first.w + 2) * kLine, pitch = (second.w + 2) * kLine;
@@ -252,7 +258,7 @@ void Stack::run_strips(const Image& x, const Conv3x3Args& args, char* shared) co
       const int64_t from = std::max<int64_t>(strip.top - 1, 0), to = std::min(strip.bottom + 1, second.h);
       const int64_t plane = (strip.bottom - strip.top + 2) * pitch;
       fill_strip(x, scale * from, scale * to, inputs);
-      Conv3x3Args above = arguments(first);
+      Conv3x3Args above = arguments(0, results);
       above.x = inputs - scale * from * x_pitch;
       above.x_plane = (scale * (to - from) + 2) * x_pitch;
       above.y = map_output(first, map, strip.bottom - strip.top, second.w);
@@ -289,23 +295,27 @@ void Stack::run(const Image& x, const Results& results, char* workspace) const {
     char* in = forward ? workspace : end - b.in;
     char* out = forward ? end - b.out : workspace;
     char* shared = workspace + (forward ? b.in : b.out);
-    Conv3x3Args args = arguments(layer);
+    Conv3x3Args args = arguments(i, results);
     args.x = in;
+    // No window of the pool holds the last row or column of an odd map: its gradient is zero.
+    const bool odd = layer.below.pooled && (layer.out_h() % 2 || layer.out_w() % 2);
     const Image image = leaves_image(i) ? staged(layer, out, layer.out_h(), layer.out_w()) : results.y;
     if (map) {
       const int64_t plane = (layer.out_h() + 2) * (layer.out_w() + 2) * kLine;
       args.y = map_output(layer, out, layer.out_h(), layer.out_w());
       torch::stable::parallel_for(0, planes(layer), 1, [&](int64_t first, int64_t stop) {
+        if (odd) std::memset(out + first * plane, 0, (stop - first) * plane);
         for (int64_t p = first; p < stop; ++p) clear_border(out + p * plane, layer.out_h(), layer.out_w(), true, true);
       });
     } else {
+      if (odd) std::memset(out, 0, b.out);
       args.y = image_output(image);
     }
     const Image tapped =
         layer.tap && writes_directly(layer) ? *tap : staged(layer, shared + b.shared, layer.h, layer.w);
     if (layer.tap) args.tap = image_output(tapped);
     if (i == 1 && strips()) {
-      run_strips(x, args, shared);
+      run_strips(x, results, args, shared);
     } else {
       run_layer(layer, args, shared);
     }

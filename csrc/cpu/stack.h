@@ -13,17 +13,23 @@ struct Layer {
   std::vector<float> affine;  // scale, shift: each as long as the lanes, with zeros past Cout
   int64_t cin, cout, h, w;
   bool relu, pool, tap;
+  Gate below;  // of a layer that computes a gradient: the mask's size, and whether it is spread over windows
 
-  int64_t out_h() const { return pool ? h / 2 : h; }
-  int64_t out_w() const { return pool ? w / 2 : w; }
+  int64_t out_h() const { return below.pooled ? below.h : pool ? h / 2 : h; }
+  int64_t out_w() const { return below.pooled ? below.w : pool ? w / 2 : w; }
 };
 
-// Where the results of a chain go: the images of the layers with a tap, in order, and that of the last layer.
+// Where the results of a chain go: the images of the layers with a tap, in order, and that of the last layer. Masks, if
+// any, are one per layer, null where there is none: those that it writes, or that its gradient goes through.
 struct Results {
   std::vector<Image> taps;
   Image y;
+  std::vector<char*> masks;
+  std::vector<const char*> gates;
 };
 
+// A chain of transposed weights computes the gradient of one: each layer's result goes through the gate below it.
+//
 // Between the layers the activations stay in the blocked layout of conv3x3.h, at the two ends of one workspace; only
 // the first layer reads PyTorch's layout and only results are written in it. Where the first two layers are large, the
 // map between them is never there as a whole: each thread computes it strip by strip, in its own cache.
@@ -57,13 +63,13 @@ class Stack {
   bool strips() const;
   Buffers buffers(size_t i) const;
 
-  Conv3x3Args arguments(const Layer& layer) const;
+  Conv3x3Args arguments(size_t i, const Results& results) const;
   Output map_output(const Layer& layer, char* map, int64_t h, int64_t w) const;
   Output image_output(const Image& image) const;
   void fill(const Image& x, char* map) const;
   void run_layer(const Layer& layer, const Conv3x3Args& args, char* shared) const;
   Strip strip_of(int64_t strip, int64_t strips, int64_t rows) const;
-  void run_strips(const Image& x, const Conv3x3Args& args, char* shared) const;
+  void run_strips(const Image& x, const Results& results, const Conv3x3Args& args, char* shared) const;
   void fill_strip(const Image& x, int64_t row_begin, int64_t row_end, char* map) const;
 
   const MicroKernel& kernel_;

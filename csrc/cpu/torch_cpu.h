@@ -45,6 +45,15 @@ Tensor linear_pack_cpu(const Tensor& weight, const std::string& kernel);
 std::vector<Tensor> conv_stack_taps_cpu(const Tensor& x, const std::vector<Tensor>& weights,
                                         const std::vector<Tensor>& affines, const std::vector<int64_t>& program,
                                         const std::string& kernel, bool channels_last);
+// The same with masks, of the steps that have one, and the gradient that goes through them.
+std::vector<Tensor> conv_stack_masks_cpu(const Tensor& x, const std::vector<Tensor>& weights,
+                                         const std::vector<Tensor>& affines, const std::vector<int64_t>& program,
+                                         const std::string& kernel, bool channels_last);
+Tensor conv_stack_backward_cpu(const Tensor& dy, const std::vector<Tensor>& weights, const std::vector<Tensor>& factors,
+                               const std::vector<Tensor>& masks, const std::vector<int64_t>& program,
+                               const std::vector<int64_t>& size, const std::string& kernel, bool channels_last);
+// dy of maps [n][c] through their masks, times the factors: [n, c, gate.h, gate.w] in channels_last.
+Tensor gradient_through_gate(const Tensor& dy, const Gate& gate, const float* factors);
 int64_t fingerprint_cpu(const std::vector<Tensor>& tensors);
 
 // The dtype, or an error that names `what` and the dtypes there are.

@@ -11,6 +11,7 @@ from vgg_fast.ops import (
     conv3x3,
     conv3x3_weight_grad,
     conv_stack,
+    conv_stack_backward,
     fingerprint,
     linear,
     maxpool2x2,
@@ -19,7 +20,17 @@ from vgg_fast.ops import (
 
 library.missing("_C")
 
-for _op in (batch_norm, conv3x3, conv3x3_weight_grad, conv_stack, fingerprint, linear, maxpool2x2, pack):
+for _op in (
+    batch_norm,
+    conv3x3,
+    conv3x3_weight_grad,
+    conv_stack,
+    conv_stack_backward,
+    fingerprint,
+    linear,
+    maxpool2x2,
+    pack,
+):
     _op.register(["CUDA"] if library.missing("_C") is None else ["CUDA", "CPU"])
 
 __all__ = [
@@ -28,6 +39,7 @@ __all__ = [
     "conv3x3",
     "conv3x3_weight_grad",
     "conv_stack",
+    "conv_stack_backward",
     "fingerprint",
     "linear",
     "maxpool2x2",
