@@ -37,6 +37,20 @@ struct PassArgs {
   static constexpr int64_t kUnitPixels = 128;
 };
 
+// One output group's lanes and one block's channels of a packed weight (see conv3x3.h), from a weight whose nine taps
+// are neighbours in memory. Of fp32 or bf16, which it stays.
+struct PackArgs {
+  const char* from;         // lane 0, channel 0
+  const char* end;          // of the weight
+  int64_t lane, channel;    // elements from one to the next
+  int64_t lanes, channels;  // that exist; zeros take the place of the others
+  int64_t group;            // lanes that there are
+  bool reversed;            // taps from the last one on
+  const float* sign;        // [lanes], multiplied in
+  char* to;                 // [9][16][group] words
+  DType type;
+};
+
 // Each works on one unit.
 using PassFn = void (*)(const PassArgs& args, int64_t unit);
 
@@ -48,9 +62,12 @@ struct Passes {
   PassFn gradient;       // out = dz
   PassFn gated;          // out = dz, of a mask instead of z
   PassFn gradient_sums;  // sums = sum of g, sum of g * (z - mean)
-  // to[c * to_row + r] = from[r * from_row + c] for all rows r and columns c, in fp32 or bf16.
-  void (*transpose)(const float* from, int64_t from_row, int64_t rows, int64_t columns, char* to, int64_t to_row,
+  // to[c * to_row + r] = from[r * from_row + c] for all rows r and columns c, in fp32 or bf16; returns whether all of
+  // them are finite.
+  bool (*transpose)(const float* from, int64_t from_row, int64_t rows, int64_t columns, char* to, int64_t to_row,
                     DType type);
+  // The nine taps of a weight's channels, see PackArgs.
+  void (*pack_taps)(const PackArgs& args);
 };
 
 // The best that `flags` can run. All give the same bits.

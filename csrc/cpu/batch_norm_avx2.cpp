@@ -14,7 +14,7 @@ namespace {
 
 const Passes kPassesAvx2{
     "avx2",          "avx2 fma f16c",         pass_value_unit, pass_moments_unit, pass_gradient_either,
-    pass_gated_unit, pass_gradient_sums_unit, transpose};
+    pass_gated_unit, pass_gradient_sums_unit, transpose,       pack_taps};
 
 }  // namespace vgg_fast
 #endif

@@ -19,7 +19,8 @@ const Passes kPassesAvx512{"avx512",
                            pass_gradient_either,
                            pass_gated_unit,
                            pass_gradient_sums_unit,
-                           transpose};
+                           transpose,
+                           pack_taps};
 
 }  // namespace vgg_fast
 #endif

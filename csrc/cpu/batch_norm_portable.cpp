@@ -11,8 +11,14 @@ namespace {
 
 }  // namespace
 
-const Passes kPassesPortable{
-    "portable", "", pass_value_unit, pass_moments_unit, pass_gradient_either, pass_gated_unit, pass_gradient_sums_unit,
-    transpose};
+const Passes kPassesPortable{"portable",
+                             "",
+                             pass_value_unit,
+                             pass_moments_unit,
+                             pass_gradient_either,
+                             pass_gated_unit,
+                             pass_gradient_sums_unit,
+                             transpose,
+                             pack_taps};
 
 }  // namespace vgg_fast

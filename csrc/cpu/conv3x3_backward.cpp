@@ -1,6 +1,5 @@
 // conv3x3_weight_grad: see vgg_fast/ops/conv3x3_weight_grad.py and weight_grad.h.
 #include <algorithm>
-#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -10,7 +9,6 @@
 #endif
 
 #include "batch_norm.h"
-#include "convert.h"
 #include "denormals.h"
 #include "torch_cpu.h"
 #include "weight_grad.h"
@@ -106,24 +104,23 @@ class Writer {
     const int64_t in = block / s_.blocks_out * s_.block_in, out = block % s_.blocks_out * s_.block_out;
     const int64_t rows = std::min(s_.block_in, a_.cin - in) * kTaps, outs = std::min(s_.block_out, a_.cout - out);
     const int64_t pitch = s_.block_out, size = element_size(type_);
-    uint32_t largest = 0;
-    for (int64_t row = 0; row < rows; ++row) {
-      for (int64_t o = 0; o < outs; ++o) largest = std::max(largest, bits_of(sums[row * pitch + o]) & 0x7fffffffu);
-    }
-    finite_[block] = largest < 0x7f800000u;
+    bool finite = true;
     char* to = data_ + (out * stride_[0] + in * stride_[1]) * size;
     if (stride_[1] == kTaps && stride_[2] == 3 && stride_[3] == 1) {
       // Some rows at a time, which stay in L1 while every o takes its part of a line.
       constexpr int64_t kRows = 8 * kTaps;
       for (int64_t r = 0; r < rows; r += kRows) {
-        passes_.transpose(sums + r * pitch, pitch, std::min(kRows, rows - r), outs, to + r * size, stride_[0], type_);
+        const int64_t count = std::min(kRows, rows - r);
+        finite &= passes_.transpose(sums + r * pitch, pitch, count, outs, to + r * size, stride_[0], type_);
       }
+      finite_[block] = finite;
       return;
     }
     for (int64_t tap = 0; tap < kTaps; ++tap) {  // channels_last
       char* first = to + (tap / 3 * stride_[2] + tap % 3 * stride_[3]) * size;
-      passes_.transpose(sums + tap * pitch, kTaps * pitch, rows / kTaps, outs, first, stride_[0], type_);
+      finite &= passes_.transpose(sums + tap * pitch, kTaps * pitch, rows / kTaps, outs, first, stride_[0], type_);
     }
+    finite_[block] = finite;
   }
 
   // The same for all blocks, from the sums of all slots.

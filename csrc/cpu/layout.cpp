@@ -1,6 +1,7 @@
 #include "layout.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <tuple>
 #include <type_traits>
@@ -258,6 +259,26 @@ void pack_plain_unit(const Weight& weight, int64_t g, int64_t unit, char* out) {
   }
 }
 
+// Whether `pack_taps` does it: the same type, and the taps in one piece.
+bool packs_taps(const Weight& weight, const MicroKernel& kernel) {
+  return weight.dtype == kernel.compute && std::abs(weight.stride[3]) == 1 && weight.stride[2] == 3 * weight.stride[3];
+}
+
+void pack_taps_unit(const Weight& weight, const MicroKernel& kernel, const Passes& passes, int64_t unit, char* out) {
+  const int64_t g = kernel.group, k = kernel.block(), size = element_size(weight.dtype);
+  const int64_t blocks = kernel.cin_blocks(weight.cin), groups = kernel.groups(weight.cout);
+  const bool reversed = weight.stride[3] < 0, by_block = units_are_blocks(weight);
+  const char* first = weight.data - (reversed ? (kTaps - 1) * size : 0);
+  const char* end = first + ((weight.cout - 1) * weight.stride[0] + (weight.cin - 1) * weight.stride[1] + kTaps) * size;
+  for (int64_t i = 0; i < (by_block ? groups : blocks); ++i) {
+    const int64_t group = by_block ? i : unit, block = by_block ? unit : i;
+    const char* from = first + (group * g * weight.stride[0] + block * k * weight.stride[1]) * size;
+    passes.pack_taps({from, end, weight.stride[0], weight.stride[1], std::min(g, weight.cout - group * g),
+                      std::min(k, weight.cin - block * k), g, reversed, weight.sign + group * g,
+                      out + (group * blocks + block) * kTaps * kWords * g * 4, weight.dtype});
+  }
+}
+
 using PackPlainUnit = decltype(&pack_plain_unit<DType::f32, DType::f32>);
 
 PackPlainUnit pack_plain_unit_for(DType from, DType to) {
@@ -279,12 +300,16 @@ int64_t weight_units(const Weight& weight, const MicroKernel& kernel) {
   return plain && units_are_blocks(weight) ? kernel.cin_blocks(weight.cin) : kernel.groups(weight.cout);
 }
 
-void pack_weight_unit(const Weight& weight, const MicroKernel& kernel, uint32_t* packed, int64_t group) {
+void pack_weight_unit(const Weight& weight, const MicroKernel& kernel, const Passes& passes, uint32_t* packed,
+                      int64_t group) {
   const int64_t g = kernel.group, block = kernel.block(), taps = kernel.taps(weight.cin);
   const int64_t part_words = taps * kWords * g, group_words = kernel.cin_blocks(weight.cin) * kernel.parts * part_words;
   const int64_t per_word = block / kWords, size = element_size(weight.dtype);
   const bool gathered = kernel.gathers(weight.cin);
   if (kernel.parts == 1 && !gathered) {
+    if (packs_taps(weight, kernel)) {
+      return pack_taps_unit(weight, kernel, passes, group, reinterpret_cast<char*>(packed));
+    }
     return pack_plain_unit_for(weight.dtype, kernel.compute)(weight, g, group, reinterpret_cast<char*>(packed));
   }
   uint32_t* out = packed + group * group_words;

@@ -1,6 +1,6 @@
 // Between PyTorch's strided tensors and the layouts of conv3x3.h. Plain C++.
 #pragma once
-#include "../conv3x3.h"
+#include "batch_norm.h"
 
 namespace vgg_fast {
 
@@ -43,6 +43,7 @@ struct Weight {
 // A packed weight (see conv3x3.h) is made in units, independent of one another; channels and words that do not exist
 // are zeros.
 int64_t weight_units(const Weight& weight, const MicroKernel& kernel);
-void pack_weight_unit(const Weight& weight, const MicroKernel& kernel, uint32_t* packed, int64_t unit);
+void pack_weight_unit(const Weight& weight, const MicroKernel& kernel, const Passes& passes, uint32_t* packed,
+                      int64_t unit);
 
 }  // namespace vgg_fast

@@ -40,9 +40,10 @@ Tensor packed_weight(const Weight& plain, const MicroKernel& kernel, const Tenso
   const int64_t size = kernel.weight_words(plain.cout, plain.cin);
   const Tensor packed = torch::stable::empty({size}, ScalarType::Int, std::nullopt, like.device());
   uint32_t* words = static_cast<uint32_t*>(packed.mutable_data_ptr());
+  const Passes& passes = select_passes(cpu_flags());
   torch::stable::parallel_for(0, weight_units(plain, kernel), 1, [&](int64_t begin, int64_t end) {
     const FlushDenormals mode;
-    for (int64_t unit = begin; unit < end; ++unit) pack_weight_unit(plain, kernel, words, unit);
+    for (int64_t unit = begin; unit < end; ++unit) pack_weight_unit(plain, kernel, passes, words, unit);
   });
   return packed;
 }

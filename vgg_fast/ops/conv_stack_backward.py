@@ -8,9 +8,9 @@ each of 16 channels: whether a gradient passes to that value of the convolution'
     dz = dy of the value, or of its window, where the mask has a bit, else 0; times factor
     dx = conv3x3 of dz with the transposed weight                             step by step, from the last one on
 
-``conv_stack_backward`` takes dy in fp32 or bf16, dense in channels_last, weights from ``pack_transposed``, per step ``factors`` fp32 ``[Cout]`` (the scale of a
-batch norm in evaluation, else ones), the masks, the program and the four sizes of x. Between the steps the gradient
-stays in the kernel's own layout.
+``conv_stack_backward`` takes dy in fp32 or bf16, dense in channels_last, weights from ``pack_transposed``, per step
+``factors`` fp32 ``[Cout]`` (the scale of a batch norm in evaluation, else ones), the masks, the program and the four
+sizes of x. Between the steps the gradient stays in the kernel's own layout.
 """
 
 from __future__ import annotations
