@@ -21,6 +21,8 @@ LAYERS = [
     {"library", "kernels"},
     {"selection"},
     {"ops"},
+    {"winners", "gpu"},
+    {"tuning"},
     {"chains", "packs", "linear_chains", "gradients", "training", "sequential", "accelerate", "explain"},
     {"models", "summary", "weights", "keras_files", "convert"},
     {"verify", "measure", "peers", "contest", "roofline", "scaling"},
