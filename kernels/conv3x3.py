@@ -17,7 +17,6 @@ in the tile is what makes it cheap; :func:`_conv3x3_kernel` says where.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -30,9 +29,7 @@ from . import configs
 from .configs import Architecture, Config
 from .support import check_conv3x3, unsupported
 
-__all__ = ["Launch", "architecture_of", "conv3x3", "conv_stack", "launch_of", "layout", "unsupported"]
-
-RELU, POOL = 1, 2  # the bits of a program's entries, as in vgg_fast.reference.Step
+__all__ = ["Launch", "architecture_of", "conv3x3", "launch_of", "layout", "unsupported"]
 
 # Triton's interpreter multiplies bf16 operands of a dot as if they were integers (triton #11584).
 _INTERPRETED = triton.knobs.runtime.interpret
@@ -390,23 +387,3 @@ def conv3x3(
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         launch.kernel[launch.grid](**launch.arguments(x, weight, affine, out, tapped, partials, counters))
     return (tapped, out) if tap else out
-
-
-def conv_stack(x: Tensor, weights: Sequence[Tensor], affines: Sequence[Tensor], program: Sequence[int]) -> Tensor:
-    """A chain of :func:`conv3x3`, ``program[i]`` (RELU | POOL) saying what follows the i-th convolution.
-
-    Args:
-        x: ``[N, Cin, H, W]``, as for :func:`conv3x3`.
-        weights: ``[Cout_i, 3, 3, Cout_{i-1}]`` each.
-        affines: fp32 ``[2, Cout_i]`` each.
-        program: as many entries.
-
-    Returns:
-        channels_last; intermediate values are rounded to the dtype of ``x``, so the bits are those of single calls.
-
-    Raises:
-        ValueError: as :func:`conv3x3`, or where the three lists differ in length.
-    """
-    for weight, affine, step in zip(weights, affines, program, strict=True):
-        x = conv3x3(x, weight, affine, relu=bool(step & RELU), pool=bool(step & POOL))
-    return x
