@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,48 +20,57 @@ ALIGNMENT = 16  # bytes that every address must be a multiple of: kernels are co
 
 
 def prepare(
-    kernel: Any, grid: Sequence[int], pointers: Mapping[str, torch.dtype | None], options: Mapping[str, Any]
+    kernel: Any, grid: Sequence[int], arguments: Mapping[str, torch.dtype | int | None], options: Mapping[str, Any]
 ) -> Launcher:
     """Compiles a kernel for the current device and fixes its launch.
 
     Args:
-        kernel: a function of ``triton.jit`` whose first arguments are these pointers.
+        kernel: a function of ``triton.jit``.
         grid: the programs.
-        pointers: by name in the order of the arguments: what they point to, None where there is nothing.
+        arguments: the first ones by name, which every launch gives anew: what a pointer points to, None for one that
+            is None, or for a number one of its size.
         options: all other arguments and Triton's options, by name.
 
     Returns:
-        ``launcher(stream, *addresses)``, the stream a ``cudaStream_t``; an address (or None) for every pointer.
+        ``launcher(stream, *values)``, the stream a ``cudaStream_t``; an address, None or a number for every argument.
 
     Raises:
-        ValueError: the pointers are not the first arguments.
+        ValueError: these are not the first arguments.
         triton.OutOfResources: the device is too small for the kernel.
 
     In Triton's interpreter, where there is neither device nor stream, addresses are of CPU memory.
     """
-    names = list(kernel.arg_names)
-    if names[: len(pointers)] != list(pointers):
-        raise ValueError(f"the first arguments of {kernel.__name__} are {names[: len(pointers)]}, not {list(pointers)}")
-    rest = [options[name] for name in names[len(pointers) :]]
+    names, first = list(kernel.arg_names), list(arguments)
+    if names[: len(first)] != first:
+        raise ValueError(f"the first arguments of {kernel.__name__} are {names[: len(first)]}, not {first}")
+    rest = [options[name] for name in names[len(first) :]]
     if isinstance(kernel, triton.JITFunction):
         extra = {name: value for name, value in options.items() if name not in names}
         # For a dtype Triton's warm-up assumes an aligned pointer to it.
-        compiled = kernel.warmup(*pointers.values(), *rest, grid=tuple(grid), **extra)
+        compiled = kernel.warmup(*arguments.values(), *rest, grid=tuple(grid), **extra)
         run = compiled[(*grid, 1, 1)[:3]]
-        return lambda stream, *addresses: run(*addresses, *rest, stream=stream)
-    interpreted = kernel[tuple(grid)]
-    dtypes = list(pointers.values())
-
-    def launch(stream: int, *addresses: int | None) -> None:
-        interpreted(*map(_tensor_at, addresses, dtypes), *rest)
-
-    return launch
+        return lambda stream, *values: run(*values, *rest, stream=stream)
+    interpreted, kinds = kernel[tuple(grid)], list(arguments.values())
+    return lambda stream, *values: interpreted(*map(_value_at, values, kinds), *rest)
 
 
-def _tensor_at(address: int | None, dtype: torch.dtype | None) -> torch.Tensor | None:
-    if address is None or dtype is None:
-        return None
-    return torch.frombuffer((ctypes.c_char * dtype.itemsize).from_address(address), dtype=dtype)
+def _value_at(value: int | None, kind: torch.dtype | int | None) -> torch.Tensor | int | None:
+    """What the interpreter wants: a tensor at that address, or the number."""
+    if value is None or not isinstance(kind, torch.dtype):
+        return value
+    return torch.frombuffer((ctypes.c_char * kind.itemsize).from_address(value), dtype=kind)
+
+
+def current_stream(device: torch.device) -> int:
+    """PyTorch's current ``cudaStream_t`` on a device; 0 on the CPU, where the interpreter runs."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a CUDA device the current one, for that is where Triton launches; cheap where it is."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .conv3x3 import Launch, architecture_of, launch_of
-from .launch import Launcher, aligned, prepare
+from .launch import Launcher, aligned, current_stream, on_device, prepare
 from .support import check_conv3x3
 
 __all__ = ["conv_stack"]
@@ -99,7 +99,7 @@ class Plan:
         counters = torch.zeros(self.counters, dtype=torch.int32, device=device) if self.counters else None
         base = workspace.data_ptr()
         scratch = base + self.partials, None if counters is None else counters.data_ptr()
-        stream = torch.cuda.current_stream(device).cuda_stream if x.is_cuda else 0
+        stream = current_stream(device)
         source, taps = x.data_ptr(), iter(results)
         for step, weight, affine in zip(self.steps, weights, affines, strict=True):
             tap = next(taps).data_ptr() if step.tap else None
@@ -231,7 +231,5 @@ def conv_stack(
     couts = tuple(weight.shape[0] for weight in weights)
     problem = Problem(tuple(x.shape), couts, tuple(program), x.dtype, precision, x.device)  # type: ignore[arg-type]
     weights, affines = map(aligned, weights), map(aligned, affines)
-    if not x.is_cuda or x.device.index == torch.cuda.current_device():
-        return _plan(problem).run(x, list(weights), list(affines))
-    with torch.cuda.device(x.device):
+    with on_device(x.device):
         return _plan(problem).run(x, list(weights), list(affines))
