@@ -16,7 +16,7 @@ KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 
 # From the meaning of things up to the command line; a module may import from its own layer and from lower ones.
 LAYERS = [
-    {"reference", "fold"},
+    {"reference", "fold", "locks"},
     {"testing"},
     {"library", "kernels"},
     {"selection"},

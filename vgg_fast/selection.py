@@ -58,8 +58,14 @@ def _cpu_unsupported(problem: Problem) -> list[str]:
     return _reasons(problem, "cpu", library.missing("_C"))
 
 
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed; it is not imported for that."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def _triton_unsupported(problem: Problem) -> list[str]:
-    lacking = None if importlib.util.find_spec("triton") else "Triton is not installed (pip install triton)"
+    lacking = None if has_triton() else "Triton is not installed (pip install triton)"
     return _reasons(problem, "cuda", lacking, _too_old(problem, 80))
 
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vgg_fast.locks import ForkLock
 from vgg_fast.selection import REFERENCE
 from vgg_fast.winners import Winners
 
@@ -222,16 +223,7 @@ def disagreement(result: Tensor, expected: Tensor, precision: str = "highest") -
 
 # --- memory ---------------------------------------------------------------------------------------------------------
 
-_lock = threading.RLock()  # held while timing: two contests at once would time each other
-
-
-def _new_lock() -> None:
-    global _lock
-    _lock = threading.RLock()  # the thread that held it in the parent does not exist in the child
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_new_lock)
+_lock = ForkLock()  # held while timing: two contests at once would time each other
 
 
 class Tuner:
@@ -277,7 +269,7 @@ class Tuner:
             return untimed("a CUDA graph is being captured, and this problem was not timed before: run it once first")
         if self._timing_thread == threading.get_ident():  # a signal handler that runs a model, say
             return untimed("another problem is being timed")
-        with _lock:
+        with _lock.held():
             verdict = self._verdicts.get(question)  # another thread may have timed it while we waited
             if verdict is not None:
                 return verdict
