@@ -208,10 +208,15 @@ class Repacker:
     def __init__(self, sources: Sequence[Source], packed: Sequence[Tensor], affines: Sequence[Tensor]) -> None:
         self.device = packed[0].device
         rows = [_row(*layer) for layer in zip(sources, packed, affines, strict=True)]
-        self.table = torch.tensor(rows, dtype=torch.int64, device=self.device)
         self.stored = torch.zeros((len(rows), PARTS), dtype=torch.int64, device=self.device)
+        # The last, as it waits for the stream: other streams may use all of this from now on.
+        self.table = torch.tensor(rows, dtype=torch.int64, device=self.device)
         options = {"PARTS": PARTS, "COLUMNS": _COLUMNS, "DTYPE": _CODES[packed[0].dtype], "BLOCK": _BLOCK}
-        arguments = {"table_ptr": torch.int64, "stored_ptr": torch.int64, "salt": 2**61}
+        arguments: dict[str, torch.dtype | int | None] = {
+            "table_ptr": torch.int64,
+            "stored_ptr": torch.int64,
+            "salt": 2**61,
+        }
         with on_device(self.device):
             self._launch = prepare(_repack_kernel, (len(rows) * PARTS,), arguments, options)
 

@@ -16,11 +16,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .configs import Architecture
 from .conv3x3 import Launch, architecture_of, launch_of
 from .launch import Launcher, aligned, current_stream, on_device, prepare
 from .support import check_conv3x3
 
-__all__ = ["conv_stack"]
+__all__ = ["conv_stack", "traced"]
 
 RELU, POOL, TAP = 1, 2, 4  # the bits of a program's entries, as in vgg_fast.reference.Step
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -115,14 +116,14 @@ class Plan:
         return results
 
 
-def launches_of(problem: Problem) -> list[Launch]:
-    """What each step launches.
+def launches_of(problem: Problem, architecture: Architecture | None = None) -> list[Launch]:
+    """What each step launches, on the problem's device or on another architecture.
 
     Raises:
         ValueError: for a precision that does not go with the dtype, or a map too small to be pooled.
     """
     n, cin, h, w = problem.size
-    architecture = architecture_of(problem.device)
+    architecture = architecture or architecture_of(problem.device)
     launches = []
     for cout, bits in zip(problem.couts, problem.program, strict=True):
         relu, pool = bool(bits & RELU), bool(bits & POOL)
@@ -230,6 +231,43 @@ def conv_stack(
         return [y[:0] for y in conv_stack(x.new_zeros(1, *x.shape[1:]), weights, affines, program, precision)]
     couts = tuple(weight.shape[0] for weight in weights)
     problem = Problem(tuple(x.shape), couts, tuple(program), x.dtype, precision, x.device)  # type: ignore[arg-type]
-    weights, affines = map(aligned, weights), map(aligned, affines)
     with on_device(x.device):
-        return _plan(problem).run(x, list(weights), list(affines))
+        return _plan(problem).run(x, [aligned(weight) for weight in weights], [aligned(affine) for affine in affines])
+
+
+def traced(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    affines: Sequence[Tensor],
+    program: Sequence[int],
+    precision: str = "ieee",
+    architecture: Architecture | None = None,
+) -> list[Tensor]:
+    """:func:`conv_stack` as torch.compile should see it: the kernels themselves, and a tensor for every value.
+
+    Inductor then plans the memory, and launches without Python.
+
+    Args:
+        x, weights, affines, program, precision: as for :func:`conv_stack`; may be fake tensors.
+        architecture: of the GPU; by default that of the device of ``x``.
+    """
+    x = x.contiguous(memory_format=torch.channels_last)
+    couts = tuple(weight.shape[0] for weight in weights)
+    problem = Problem(tuple(x.shape), couts, tuple(program), x.dtype, precision, x.device)  # type: ignore[arg-type]
+    results = []
+    for launch, bits, weight, affine in zip(launches_of(problem, architecture), program, weights, affines, strict=True):
+        size = (*launch.out_size[:2], *x.shape[2:])
+        tap = _empty(size, x) if launch.options["TAP"] else None
+        out = _empty(launch.out_size, x)
+        partials = x.new_empty(launch.partials, dtype=torch.float32) if launch.partials else None
+        counters = x.new_zeros(launch.counters, dtype=torch.int32) if launch.counters else None
+        arguments = launch.arguments(x, weight, affine, out, tap, partials, counters)
+        torch.library.wrap_triton(launch.kernel)[launch.grid](**arguments)
+        if bits & TAP:
+            results.append(out if tap is None else tap)
+        x = out
+    return [*results, x.clone() if results and x is results[-1] else x]
+
+
+def _empty(size: Sequence[int], like: Tensor) -> Tensor:
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)

@@ -23,7 +23,7 @@ LAYERS = [
     {"ops"},
     {"winners", "gpu"},
     {"tuning"},
-    {"chains", "packs", "linear_chains", "gradients", "training", "sequential", "accelerate", "explain"},
+    {"chains", "packs", "choice", "linear_chains", "gradients", "training", "sequential", "accelerate", "explain"},
     {"models", "summary", "weights", "keras_files", "convert"},
     {"verify", "measure", "peers", "contest", "roofline", "scaling"},
     {"plots", "report"},

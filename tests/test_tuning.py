@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,7 +80,7 @@ class Gpu:
 
 @pytest.mark.parametrize(
     ("triton", "cuda", "winner"),
-    [(0.5, 0.6, "triton"), (0.6, 0.5, "cuda"), (0.98, 2.0, "reference"), (2.0, 2.0, "reference"), (0.96, 1.0, "triton")],
+    [(0.5, 0.6, "triton"), (0.6, 0.5, "cuda"), (0.98, 2.0, "reference"), (2.0, 2.0, "reference"), (0.96, 1, "triton")],
 )
 def test_the_fastest_wins_but_pytorch_only_loses_by_a_margin(triton, cuda, winner):
     assert 0.02 < MARGIN < 0.04
@@ -238,18 +239,20 @@ def test_a_folder_that_cannot_be_written_to_is_told_once(tmp_path):
     occupied = tmp_path / "a file"
     occupied.write_text("")
     gpu, tuner = Gpu(reference=1.0, triton=0.5, cuda=0.6), Tuner(Winners(occupied / "folder"))
-    with pytest.warns(RuntimeWarning, match="cannot be written to") as caught:
-        assert gpu.ask(tuner).kernel == "triton"
+    with pytest.warns(RuntimeWarning, match="cannot be written to"):
+        gpu.ask(tuner)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         assert gpu.ask(tuner, QUESTION._replace(size=(2, 224, 224))).kernel == "triton"
-    assert len(caught) == 1
     assert tuner.known(QUESTION).kernel == "triton"
 
 
 def test_two_processes_that_write_the_same_answer_leave_one_whole_file(tmp_path):
     code = f"""
+from pathlib import Path
 from vgg_fast.winners import Winners
 for i in range(300):
-    Winners(__import__("pathlib").Path({str(tmp_path)!r})).write("question", "triton", {{"triton": i, "reference": 2.0}})
+    Winners(Path({str(tmp_path)!r})).write("question", "triton", {{"triton": i, "reference": 2.0}})
 """
     writers = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
     winners = Winners(tmp_path)
@@ -280,13 +283,13 @@ def test_nothing_is_timed_while_a_graph_is_captured(tmp_path):
     assert gpu.calls_made == []
     assert gpu.ask(tuner).kernel == "triton"  # the refusal was not remembered
     assert gpu.ask(tuner, may_time=False).kernel == "triton"
-    assert gpu.ask(Tuner(Winners(tmp_path)), may_time=False).kernel == "triton"  # from disk
+    assert gpu.ask(Tuner(Winners(tmp_path)), may_time=False).kernel == "reference"  # never run in this process
 
 
 def test_vgg_fast_tune():
     assert tuning.enabled({})
     assert not tuning.enabled({"VGG_FAST_TUNE": "0"})
-    with pytest.raises(RuntimeError, match="VGG_FAST_TUNE is 'off'; it must be 0 .* or 1"):
+    with pytest.raises(RuntimeError, match=r"VGG_FAST_TUNE is 'off'; it must be 0 .* or 1"):
         tuning.enabled({"VGG_FAST_TUNE": "off"})
 
 
@@ -312,13 +315,9 @@ def test_threads_that_ask_at_once_time_once():
     gpu, tuner = Gpu(reference=1.0, triton=0.5, cuda=0.6), Tuner(Winners(None))
     verdicts = stacks.at_once(*[lambda: gpu.ask(tuner)] * 4)
     assert {verdict.kernel for verdict in verdicts} == {"triton"}
-    assert gpu.calls_made.count("reference") == len(Gpu_calls_of_one_contest())
-
-
-def Gpu_calls_of_one_contest() -> list[str]:
-    gpu = Gpu(reference=1.0, triton=0.5, cuda=0.6)
-    contest(gpu.calls(), gpu.clock, disagreement)
-    return [name for name in gpu.calls_made if name == "reference"]
+    alone = Gpu(reference=1.0, triton=0.5, cuda=0.6)
+    contest(alone.calls(), alone.clock, disagreement)
+    assert sorted(gpu.calls_made) == sorted(alone.calls_made)
 
 
 def test_a_model_called_while_timing_is_not_timed_itself():
@@ -347,7 +346,8 @@ def test_ctrl_c_leaves_nothing_behind(after, tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
 def test_a_child_forked_while_timing_can_time():
-    gpu, tuner, at_it, go_on = Gpu(reference=1.0, triton=0.5), Tuner(Winners(None)), threading.Event(), threading.Event()
+    gpu, tuner = Gpu(reference=1.0, triton=0.5), Tuner(Winners(None))
+    at_it, go_on = threading.Event(), threading.Event()
 
     def clock(call: Callable[[], object], repeats: int) -> float:
         at_it.set()

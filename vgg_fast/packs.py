@@ -157,7 +157,7 @@ class PackCache:
         def make() -> Pack | str:
             return _unfit(sources.by_run(tensors), dtype, autocast) or _pack(chain, sources, tensors, kernel, dtype)
 
-        key = (chain.start, chain.stop, kernel, dtype, autocast)
+        key = (chain.start, chain.stop, selection.layout(kernel), dtype, autocast)
         return self.lookup(key, tensors, (chain.eps, sources.present), limit, make, on_device=tensors[0].is_cuda)
 
     def lookup(

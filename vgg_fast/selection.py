@@ -145,6 +145,11 @@ def _kernel(backend: str, problem: Problem) -> str:
     return torch.ops.vgg_fast.cpu_select(_DTYPES[problem.dtype], problem.precision, name, problem.architecture)
 
 
+def layout(kernel: str) -> str:
+    """What tells packed weights apart: all kernels of a GPU read the same ones."""
+    return "cuda" if kernel in GPU_KERNELS else kernel
+
+
 def candidates(problem: Problem) -> list[str]:
     """The kernels that ``auto`` has to time against PyTorch before it takes one: of the GPU backends that can run it.
 
@@ -221,6 +226,17 @@ def choose(dtype: torch.dtype, device: torch.device, backend: str = "auto") -> s
 @functools.lru_cache(maxsize=256)
 def _choose(dtype: torch.dtype, device: torch.device, backend: str, isa: str | None, precision: str) -> str:
     return select(problem_on(dtype, device), backend)
+
+
+def candidates_on(dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
+    """:func:`candidates` on a GPU of this machine, without what failed its self test there; cheap to call again."""
+    names = _candidates_on(dtype, device, float32_precision(device_type=device.type))
+    return tuple([name for name in names if (name, device) not in _switched_off]) if _switched_off else names
+
+
+@functools.lru_cache(maxsize=256)
+def _candidates_on(dtype: torch.dtype, device: torch.device, precision: str) -> tuple[str, ...]:
+    return tuple(candidates(problem_on(dtype, device)))
 
 
 # GPU kernels that disagreed with PyTorch on a device, and how; see vgg_fast/ops/_self_test.py.

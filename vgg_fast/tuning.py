@@ -260,13 +260,15 @@ class Tuner:
         Args:
             question: the problem.
             calls, clock, agree: for :func:`contest`.
-            may_time: False inside the capture of a CUDA graph, where an unknown answer is ``reference``.
+            may_time: False inside the capture of a CUDA graph: only what this process has run before is there then,
+                compiled and packed, and an answer that is not in memory is ``reference``.
         """
-        verdict = self._verdicts.get(question) or self._nearest(question) or self._from_disk(question)
+        verdict = self._verdicts.get(question)
+        if verdict is None and not may_time:
+            return untimed("a CUDA graph is being captured, and this problem was not run before: run it once first")
+        verdict = verdict or self._nearest(question) or self._from_disk(question)
         if verdict is not None:
             return verdict
-        if not may_time:
-            return untimed("a CUDA graph is being captured, and this problem was not timed before: run it once first")
         if self._timing_thread == threading.get_ident():  # a signal handler that runs a model, say
             return untimed("another problem is being timed")
         with _lock.held():
