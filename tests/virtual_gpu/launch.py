@@ -143,7 +143,7 @@ def compile_triton(kernel: Any, arguments: Mapping[str, Any], target: int) -> tu
     signature, constants, attributes = {}, {}, {}
     for n, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
-        if parameter.is_constexpr:
+        if parameter.is_constexpr or value is None:
             signature[parameter.name], constants[parameter.name] = "constexpr", value
             continue
         signature[parameter.name] = _triton_type(value)

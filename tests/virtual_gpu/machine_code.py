@@ -30,6 +30,7 @@ import triton
 from tests.virtual_gpu.cases import CUDA, find_nvcc
 from tests.virtual_gpu.launch import compile_triton
 from vgg_fast.kernels import conv3x3, maxpool2x2
+from vgg_fast.kernels.configs import Architecture
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TRITON_SMS, CUDA_SMS = (80, 90, 100, 120), (80, 90)
@@ -104,10 +105,10 @@ def triton_launches() -> Iterator[tuple[str, str, bool, Any, dict[str, Any]]]:
         return dict.fromkeys(names, torch.empty(0, dtype=dtype))
 
     for dtype, cin, cout, pool in CONV3X3:
-        constants = conv3x3.constants(dtype, cin, cout, relu=True, pool=pool)
-        tile = "x".join(str(constants[name]) for name in ("BM", "BN", "BK"))
-        arguments = tensors(dtype, "x_ptr", "weight_ptr", "out_ptr") | tensors(torch.float32, "affine_ptr")
-        arguments |= {"N": 7, "H": 7, "W": 7} | constants
+        launch = conv3x3.launch_of(dtype, 1, 700, 700, cin, cout, True, pool, Architecture(80, 108))
+        tile = "x".join(str(launch.options[name]) for name in ("BM", "BN", "BK"))
+        x, affine = torch.empty(0, dtype=dtype), torch.empty(0)
+        arguments = launch.arguments(x, x, affine, x) | {"N": 7, "H": 7, "W": 7}
         yield "triton conv3x3", f"{DTYPES[dtype]} {cin}->{cout} in {tile}", pool, conv3x3._conv3x3_kernel, arguments
     for dtype, channels in MAXPOOL2X2:
         arguments = tensors(dtype, "x_ptr", "out_ptr") | {"ROWS": 7, "H": 7, "W": 7} | maxpool2x2.constants(channels)

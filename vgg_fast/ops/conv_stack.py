@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.library import define, impl, register_fake
 
 from vgg_fast import reference, selection
+from vgg_fast.ops import _self_test
 from vgg_fast.ops._layout import empty_image
 
 _ARGUMENTS = "(Tensor x, Tensor[] weights, Tensor[] affines, int[] program, str kernel, bool channels_last)"
@@ -61,6 +62,38 @@ def _fake(
     return _fake_taps(x, weights, affines, program, kernel, channels_last)[-1]
 
 
+def run(
+    x: Tensor, weights: Sequence[Tensor], affines: Sequence[Tensor], program: Sequence[int], kernel: str
+) -> list[Tensor]:
+    """The taps, then the result, by a kernel that :func:`selection.choose` has named; in a memory format of its own."""
+    backend, _, precision = kernel.partition("_")
+    if backend == "triton":
+        from vgg_fast.kernels import stack
+
+        return stack.conv_stack(x, weights, affines, program, precision or "ieee")
+    if backend == "cuda":
+        return _run_cuda(x, weights, affines, program)
+    return reference.conv_stack_taps(x, weights, affines, program)
+
+
+def _run_cuda(x: Tensor, weights: Sequence[Tensor], affines: Sequence[Tensor], program: Sequence[int]) -> list[Tensor]:
+    """The stretches between the taps, one by one."""
+    results, first = [], 0
+    for i, step in enumerate(program):
+        if not step & reference.Step.TAP:
+            continue
+        stretch = [*program[first:i], step & reference.Step.RELU]
+        x = torch.ops.vgg_fast_cuda.conv_stack(x, weights[first : i + 1], affines[first : i + 1], stretch)
+        results.append(x)
+        if step & reference.Step.POOL:
+            x = torch.ops.vgg_fast_cuda.maxpool2x2(x)
+        first = i + 1
+    if first < len(program):
+        x = torch.ops.vgg_fast_cuda.conv_stack(x, weights[first:], affines[first:], program[first:])
+    # An operator may not return one tensor twice.
+    return [*results, x.clone() if results and x is results[-1] else x]
+
+
 def _python(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -70,16 +103,7 @@ def _python(
     channels_last: bool,
 ) -> Tensor:
     _without_taps(program)
-    name = selection.choose(x.dtype, x.device, kernel)
-    if name == "triton":
-        from vgg_fast.kernels import conv3x3 as triton_kernel
-
-        y = triton_kernel.conv_stack(x, weights, affines, program)
-    elif name == "cuda":
-        y = torch.ops.vgg_fast_cuda.conv_stack(x, weights, affines, program)
-    else:
-        y = reference.conv_stack(x, weights, affines, program)
-    return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    return _python_taps(x, weights, affines, program, kernel, channels_last)[-1]
 
 
 def _python_taps(
@@ -90,21 +114,12 @@ def _python_taps(
     kernel: str,
     channels_last: bool,
 ) -> list[Tensor]:
-    """For devices without a compiled implementation: the stretches between the taps, one by one."""
-    results, first = [], 0
-    for i, step in enumerate(program):
-        if not step & reference.Step.TAP:
-            continue
-        stretch = [*program[first:i], step & reference.Step.RELU]
-        x = _python(x, weights[first : i + 1], affines[first : i + 1], stretch, kernel, channels_last)
-        results.append(x)
-        if step & reference.Step.POOL:
-            x = torch.ops.vgg_fast.maxpool2x2(x)
-        first = i + 1
-    if first < len(program):
-        x = _python(x, weights[first:], affines[first:], program[first:], kernel, channels_last)
-    # An operator may not return one tensor twice.
-    return [*results, x.clone() if results and x is results[-1] else x]
+    """For devices without a compiled implementation: the kernel that `selection` chooses."""
+    name = selection.choose(x.dtype, x.device, kernel)
+    if name != selection.REFERENCE:
+        _self_test.require(name, x.dtype, x.device, run)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return [y.contiguous(memory_format=memory_format) for y in run(x, weights, affines, program, name)]
 
 
 def register(keys: list[str]) -> None:
