@@ -23,7 +23,7 @@ LAYERS = [
     {"ops"},
     {"chains", "packs", "linear_chains", "gradients", "training", "sequential", "accelerate", "explain"},
     {"models", "summary", "weights", "keras_files", "convert"},
-    {"verify", "measure", "peers", "contest", "roofline", "scaling"},
+    {"verify", "verdicts", "verify_layers", "gpu", "measure", "peers", "contest", "roofline", "scaling"},
     {"plots", "report"},
     {"cli"},
 ]
