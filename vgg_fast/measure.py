@@ -121,6 +121,32 @@ def interleave(
     return {name: Timing(tuple(values)) for name, values in times.items()}
 
 
+def enqueue(call: Callable[[], object], calls: int = 10, repeats: int = 5) -> tuple[float, float]:
+    """Milliseconds per call until it returns, and until its work is done: the medians of several series of calls.
+
+    Args:
+        call: already warm.
+        calls: in a series, few enough for the queue of a GPU, which holds about a thousand launches.
+        repeats: series.
+
+    Example:
+        >>> returns, done = enqueue(lambda: sum(range(1000)))
+        >>> 0 < returns <= done
+        True
+    """
+    returns, done = [], []
+    for _ in range(repeats):
+        _synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        returned = time.perf_counter()
+        _synchronize()
+        done.append((time.perf_counter() - start) * 1e3 / calls)
+        returns.append((returned - start) * 1e3 / calls)
+    return statistics.median(returns), statistics.median(done)
+
+
 def ratio_to_best(timings: Mapping[str, Timing], ours: str) -> float:
     """Median of ``ours`` over the median of the fastest of the others: below 1 is faster than all of them.
 

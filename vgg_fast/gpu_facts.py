@@ -85,9 +85,15 @@ def describe(device: torch.device) -> dict[str, Any]:
 # --- what fp32 may be -----------------------------------------------------------------------------------------------
 
 
+FLOAT32 = {"fp32": "ieee", "tf32": "tf32"}  # what fp32 tensors are computed in, by the names of reports
+
+
 @contextmanager
-def float32(setting: str) -> Iterator[None]:
-    """PyTorch's setting of fp32 convolutions and products on CUDA devices, ``ieee`` or ``tf32``, for a while.
+def float32(setting: str | None) -> Iterator[None]:
+    """PyTorch's setting of fp32 convolutions and products on CUDA devices for a while.
+
+    Args:
+        setting: ``ieee`` or ``tf32``; None leaves it as it is.
 
     Example:
         >>> with float32("ieee"):
@@ -98,12 +104,24 @@ def float32(setting: str) -> Iterator[None]:
     backends = (cudnn.conv, torch.backends.cuda.matmul)
     before = [backend.fp32_precision for backend in backends]
     try:
-        for backend in backends:
+        for backend in backends if setting else ():
             backend.fp32_precision = setting
         yield
     finally:
         for backend, value in zip(backends, before, strict=True):
             backend.fp32_precision = value
+
+
+def float32_name() -> str:
+    """``fp32`` or ``tf32``: what PyTorch computes fp32 convolutions in on CUDA devices now.
+
+    Example:
+        >>> with float32("tf32"):
+        ...     float32_name()
+        'tf32'
+    """
+    cudnn: Any = torch.backends.cudnn
+    return "tf32" if cudnn.conv.fp32_precision == "tf32" else "fp32"
 
 
 # --- clocks ---------------------------------------------------------------------------------------------------------
