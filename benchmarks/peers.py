@@ -166,7 +166,7 @@ def _run(
         try:
             each = make()
         except contest.Disagreement as error:
-            failures.append(str(error))
+            failures.append(f"wrong answer: {error}")
             print(f"  NOT TIMED, because our answer is wrong: {error}", flush=True)
             continue
         for who, why in each.left_out.items():

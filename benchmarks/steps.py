@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vgg_fast import peers, testing
-from vgg_fast.contest import Contest, Disagreement
+from vgg_fast.contest import Contest, Disagreement, precision_name
 from vgg_fast.peers import CHANNELS_LAST, EAGER, OURS, Contestant
 from vgg_fast.sequential import record
 
@@ -82,7 +82,8 @@ def _contest(
     with record() as segments:
         calls[OURS]()
     kernels = tuple(sorted({segment.kernel for segment in segments if segment.kernel is not None}))
-    return Contest(name, dtype, batch, calls, {key: median(e) for key, e in errors.items()}, agreement, kernels)
+    middle = {key: median(e) for key, e in errors.items()}
+    return Contest(name, dtype, precision_name(dtype), batch, calls, middle, agreement, kernels)
 
 
 def _call(step: Step, contestant: Contestant, x: Tensor) -> Callable[[], Sequence[Tensor]]:

@@ -25,8 +25,9 @@ LAYERS = [
     {"tuning"},
     {"chains", "packs", "choice", "linear_chains", "gradients", "training", "sequential", "accelerate", "explain"},
     {"models", "summary", "weights", "keras_files", "convert"},
-    {"verify", "measure", "peers", "contest", "roofline", "scaling"},
-    {"plots", "report"},
+    {"verify", "measure", "peers", "contest", "roofline", "scaling"}
+    | {"verdicts", "verify_layers", "gpu_facts", "gpu_peers"},
+    {"plots", "report", "parity_report"},
     {"cli"},
 ]
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vgg_fast import reference, selection, testing
-from vgg_fast.verify import Ops, Row, Unavailable, kernels, verify
+from vgg_fast import gpu_facts, peers, reference, selection, testing
+from vgg_fast.verdicts import Row
+from vgg_fast.verify import Interrupted, Ops, Unavailable, kernels, verify
 
 SHAPES = [testing.shape(name) for name in ("rgb_odd", "one_row", "two")]
 GOOD = Ops()
@@ -32,8 +33,9 @@ def test_every_kernel_of_this_machine_is_right():
         assert selection.cpu_kernels()[-1] in ran, "the portable kernel runs everywhere"
     for row in rows:
         assert row.result == ("not here" if row.absent else "ok")
-        # With a pool and without, two memory formats: rgb_odd and two have 2x2 epilogues, one_row only two.
-        expected = {"conv3x3": (40, 20), "conv_stack": (43, 23), "maxpool2x2": (12, 12), "linear": (32, 16)}[row.op]
+        # With a pool and without, two memory formats: rgb_odd and two have 2x2 epilogues, one_row only two. Each once
+        # more with a tap, which gives two results; and three chains.
+        expected = {"conv3x3": (40, 20), "conv_stack": (83, 43), "maxpool2x2": (12, 12), "linear": (32, 16)}[row.op]
         assert (row.problems, row.exact) == ((0, 0) if row.absent else expected)
         assert 0 <= row.worst <= 1
         assert 0 <= row.worst_border <= 1
@@ -61,6 +63,98 @@ def test_a_wrong_corner_pixel_of_conv_stack_is_found():
     assert rows["conv_stack"].result == "MISS"
     assert rows["conv_stack"].worst_border > 1 >= rows["conv_stack"].worst
     assert rows["conv3x3"].result == "ok"
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_wrong_tap_and_a_wrong_result_behind_it_are_found(which):
+    def wrong(*arguments):
+        both = GOOD.conv_stack_taps(*arguments)
+        both[which] = corner(both[which])
+        return both
+
+    row = rows_of(replace(GOOD, conv_stack_taps=wrong))["conv_stack"]
+    assert len(row.misses) == 20, "ten epilogues, of integers and of random numbers"
+    assert all(("tap and result" in miss) == bool(which) for miss in row.misses)
+
+
+# Two layers as they follow each other in a network; the batch of 5 has either image at three and two places.
+LAYERS = (peers.Layer("first", 3, 16, 12, True), peers.Layer("second", 16, 24, 6, False))
+BATCHES = (1, 5)
+
+
+def layer_rows(ops: Ops) -> dict[str, Row]:
+    kernel = selection.choose(torch.float32, torch.device("cpu"))
+    options = {"shapes": [], "layers": LAYERS, "batches": BATCHES, "dtypes": [torch.float32], "checked": ops}
+    return {row.op: row for row in verify(only=[kernel], **options)}
+
+
+def test_layers_of_a_network_at_their_real_size():
+    rows = layer_rows(GOOD)
+    assert {rows[f"layers, batch {n}"].result for n in BATCHES} == {"ok"}
+    # The pooled layer has five results and a second run, the other one fewer; then the chain.
+    assert rows["layers, batch 1"].problems == 6 + 5 + 1
+    assert rows["layers, batch 5"].problems == 11 + 5 + 5 - 1 + 1, "and the bits at the other places"
+    assert 0 < rows["layers, batch 5"].worst <= 1
+
+
+def test_a_wrong_image_in_the_middle_of_a_batch_is_found():
+    """A row of it only: the first two images, which float64 judges, are right."""
+
+    def wrong(x, *rest):
+        y = GOOD.conv_stack(x, *rest).clone()
+        y[3:4, :, -1] = y[3:4, :, 0]
+        return y
+
+    rows = layer_rows(replace(GOOD, conv_stack=wrong))
+    assert rows["layers, batch 1"].result == "ok"
+    misses = rows["layers, batch 5"].misses
+    assert any("images [3] have not the bits" in miss for miss in misses)
+    assert rows["layers, batch 5"].worst <= 1
+
+
+def test_bits_that_change_from_run_to_run_are_found():
+    flips = iter([0.0, 1e-7] * 100)
+
+    def unsteady(*arguments):
+        return GOOD.conv_stack(*arguments) * (1 + next(flips))
+
+    misses = layer_rows(replace(GOOD, conv_stack=unsteady))["layers, batch 1"].misses
+    assert any("other bits when run again" in miss for miss in misses)
+
+
+def test_what_does_not_fit_into_memory_is_no_miss_and_the_rest_goes_on():
+    def large(x, *rest):
+        if len(x) == 5:
+            torch.empty(2**60)
+        return GOOD.conv3x3(x, *rest)
+
+    rows = layer_rows(replace(GOOD, conv3x3=large))
+    row = rows["layers, batch 5"]
+    assert row.unjudged == ["first, batch 5: out of memory", "second, batch 5: out of memory"]
+    assert (row.result, row.misses, row.problems) == ("ok", [], 1), "the chain, which fits"
+    assert rows["layers, batch 1"].unjudged == []
+
+
+def test_a_lost_gpu_ends_the_checking_and_what_was_not_reached_says_so():
+    def broken(*arguments):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with ...")
+
+    kernel = selection.choose(torch.float32, torch.device("cpu"))
+    options = {"shapes": SHAPES, "layers": LAYERS, "batches": (1,), "dtypes": [torch.float32]}
+    rows = {row.op: row for row in verify(only=[kernel], checked=replace(GOOD, conv_stack=broken), **options)}
+    assert rows["conv3x3"].result == "ok"
+    assert len(rows["conv_stack"].misses) == 1
+    assert "not reached: the GPU gave up at conv_stack" in rows["layers, batch 1"].absent
+
+
+def test_ctrl_c_keeps_what_was_checked():
+    def impatient(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted) as stopped:
+        verify(only=["portable_f32"], shapes=SHAPES, dtypes=[torch.float32], on_progress=impatient)
+    by_op = {row.op: row for row in stopped.value.rows}
+    assert by_op["conv3x3"].problems == 16, "the first shape only"
 
 
 def test_a_wrong_corner_pixel_of_the_pool_is_found():
@@ -182,7 +276,7 @@ def test_unknown_names_say_what_there_is():
         verify("tpu")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+@pytest.mark.skipif(gpu_facts.lacking() is None, reason="this machine has a CUDA device")
 def test_cuda_without_a_gpu_is_said_clearly():
     with pytest.raises(Unavailable, match="no CUDA device"):
         verify("cuda")

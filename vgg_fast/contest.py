@@ -5,6 +5,7 @@ Shared by ``vgg-fast bench`` and benchmarks/, so that a number in a terminal and
 
 from __future__ import annotations
 
+import copy
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vgg_fast import fold, measure, peers, testing
+from vgg_fast import fold, gpu_facts, measure, peers, testing
 from vgg_fast.measure import Timing
 from vgg_fast.peers import CHANNELS_LAST, EAGER, OURS, Agreement, Contestant, Layer
 
@@ -30,6 +31,8 @@ class Unsuitable(Exception):
 # (plain network, input) -> the call to be timed, for a contestant that is not PyTorch; or it raises Unsuitable.
 Engine = Callable[[nn.Sequential, Tensor], Callable[[], Tensor]]
 
+_CPU = torch.device("cpu")
+
 # A peer whose error is more than this many times eager PyTorch's computes something else, and may not set the pace.
 PEER_ERROR_FACTOR = 4.0
 
@@ -41,6 +44,7 @@ class Contest:
     Attributes:
         name: such as ``conv1_2+pool`` or ``features 224``.
         dtype: of weights and input.
+        precision: the dtype for people, with what fp32 is computed in: :func:`precision_name`.
         batch: images.
         calls: contestant -> what to time.
         errors: contestant -> relative error against float64.
@@ -53,6 +57,7 @@ class Contest:
 
     name: str
     dtype: torch.dtype
+    precision: str
     batch: int
     calls: Mapping[str, Callable[[], object]]
     errors: dict[str, float]
@@ -69,6 +74,20 @@ class Contest:
         timings = measure.interleave(self.calls, rounds=rounds, budget_s=budget_s, on_round=on_round)
         return {name: Timing(tuple(ms / self.batch for ms in t.milliseconds)) for name, t in timings.items()}
 
+    def launches(self) -> list[dict[str, Any]]:
+        """One row per contestant: milliseconds until a call returns, and until its work is done.
+
+        On a CPU they are the same. On a GPU the first is Python's, PyTorch's and the driver's part: where it is nearly
+        as large as the second the GPU waits for it, and a CUDA graph would help.
+        """
+        result = []
+        for name, call in self.calls.items():
+            returns, done = measure.enqueue(call)
+            numbers = {"returns_ms": round(returns, 4), "done_ms": round(done, 4)}
+            where = {"problem": self.name, "precision": self.precision, "batch": self.batch}
+            result.append({**where, "contestant": name, **numbers})
+        return result
+
     def rows(self, timings: dict[str, Timing]) -> list[dict[str, Any]]:
         """One row per contestant for JSON, CSV and the report; ``ratio_to_best_peer`` on ours alone.
 
@@ -79,14 +98,14 @@ class Contest:
             {
                 "problem": self.name,
                 "dtype": str(self.dtype).removeprefix("torch."),
-                "precision": precision_name(self.dtype),
+                "precision": self.precision,
                 "batch": self.batch,
                 "contestant": name,
                 "kernel": " ".join(self.kernels) if name == OURS else "",
-                "median_ms_per_image": round(timing.median, 4),
-                "min_ms_per_image": round(timing.minimum, 4),
+                "median_ms_per_image": round(timing.median, 7),
+                "min_ms_per_image": round(timing.minimum, 7),
                 "rounds": len(timing.milliseconds),
-                "ratio_to_best_peer": round(measure.ratio_to_best(timings, OURS), 4) if name == OURS else None,
+                "ratio_to_best_peer": round(measure.ratio_to_best(_rivals(timings), OURS), 4) if name == OURS else None,
                 **_ratios(timings[OURS], timing),
                 "relative_error": self.errors[name],
                 "gflop_per_image": self.gflop,
@@ -96,14 +115,23 @@ class Contest:
         ]
 
 
-def precision_name(dtype: torch.dtype) -> str:
+def _rivals(timings: Mapping[str, Timing]) -> dict[str, Timing]:
+    """Ours, and whom it has to beat: not our own kernels by name, nor replays, which do less than a call."""
+    return {n: t for n, t in timings.items() if n == OURS or not (n.startswith(OURS) or n.endswith(peers.GRAPH))}
+
+
+def precision_name(dtype: torch.dtype, device: torch.device = _CPU) -> str:
     """``fp32``, ``bf16``, ``fp16``; ``fp32 high`` where PyTorch's float32 precision has been lowered to that.
+
+    On a GPU fp32 is ``fp32`` or ``tf32``, by PyTorch's setting for convolutions on CUDA devices.
 
     Example:
         >>> precision_name(torch.bfloat16)
         'bf16'
     """
     short = next((name for name, value in peers.DTYPES.items() if value is dtype), str(dtype))
+    if device.type == "cuda":
+        return gpu_facts.float32_name() if dtype == torch.float32 else short
     setting = torch.get_float32_matmul_precision()
     return f"{short} {setting}" if dtype == torch.float32 and setting != "highest" else short
 
@@ -115,7 +143,12 @@ def _ratios(ours: Timing, theirs: Timing) -> dict[str, float]:
 
 
 def layer(
-    which: Layer, dtype: torch.dtype, batch: int = 1, engines: Mapping[str, Engine] | None = None, **options: Any
+    which: Layer,
+    dtype: torch.dtype,
+    batch: int = 1,
+    engines: Mapping[str, Engine] | None = None,
+    device: torch.device = _CPU,
+    **options: Any,
 ) -> Contest:
     """A contest over one convolution with its batch-norm, ReLU and perhaps pool.
 
@@ -123,7 +156,8 @@ def layer(
         which: of :data:`vgg_fast.peers.LAYERS`, or any other.
         dtype: of weights and input.
         batch: images.
-        engines: contestants that are not PyTorch, by name.
+        engines: contestants that are not PyTorch as it is, by name.
+        device: where it runs; what is exact comes from the CPU.
         options: of :func:`vgg_fast.peers.contestants`.
 
     Raises:
@@ -141,7 +175,7 @@ def layer(
     peers.calibrate(model, x[:1])
     model, x = model.to(dtype), x.to(dtype)
     name = f"{which.name}+pool" if which.pool else which.name
-    contest, answer, exact = _contest(name, model, x, engines, options)
+    contest, answer, exact = _contest(name, model, x, engines, options, device)
     contest = replace(contest, gflop=which.gflop, megabytes=_megabytes(which, dtype, batch))
     try:
         bound = _bound(model, x[_ends(batch)], which.pool, contest.kernels)
@@ -176,12 +210,13 @@ def _network(
     batch: int,
     size: int,
     engines: Mapping[str, Engine] | None = None,
+    device: torch.device = _CPU,
     **options: Any,
 ) -> Contest:
     x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
     convolutions = network.get_submodule("features") if hasattr(network, "features") else network
     peers.calibrate(convolutions, x[:1])
-    return _contest(f"{part} {size}", network.to(dtype), x.to(dtype), engines, options, layered=True)[0]
+    return _contest(f"{part} {size}", network.to(dtype), x.to(dtype), engines, options, device, layered=True)[0]
 
 
 def _contest(
@@ -190,36 +225,51 @@ def _contest(
     x: Tensor,
     engines: Mapping[str, Engine] | None,
     options: dict[str, Any],
+    device: torch.device,
     layered: bool = False,
 ) -> tuple[Contest, Tensor, Tensor]:
     """The contest, and for the first and last image our answer and the exact one; layered: of more than one layer."""
-    contestants: dict[str, Contestant] = peers.contestants(network, **options)
-    calls = {key: contestant.on(x) for key, contestant in contestants.items()}
+    on_cpu = device.type == "cpu"
+    placed, inputs = (network, x) if on_cpu else (copy.deepcopy(network).to(device), x.to(device))
+    precision = precision_name(x.dtype, device)
+    contestants: dict[str, Contestant] = peers.contestants(placed, **options)
+    calls = {key: contestant.on(inputs) for key, contestant in contestants.items()}
     left_out = {}
     for key, engine in (engines or {}).items():
         try:
-            calls[key] = engine(network, x)
+            calls[key] = engine(placed, inputs)
         except Unsuitable as reason:
             left_out[key] = str(reason)
     calls[OURS] = calls.pop(OURS)  # last, as in every table
     # Both ends of the batch: float64 takes seconds per image, and position in a batch is what could go wrong.
     ends = _ends(len(x))
     exact = peers.in_float64(network, x[ends])
-    answers = {key: call()[ends] for key, call in calls.items()}
+    answers = {}
+    for key, call in list(calls.items()):
+        try:
+            answers[key] = call()[ends].cpu()
+        except Exception as error:
+            if key in (EAGER, CHANNELS_LAST, OURS) or measure.device_lost(error):
+                raise
+            left_out[key] = f"it raised {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            del calls[key]
     tf32 = partial(peers.in_tf32, network, x[ends]) if layered else None
-    agreement = peers.agreement(answers[OURS], [answers[EAGER], answers[CHANNELS_LAST]], exact, tf32)
+    # A tensor core may cut operands off where this machine's PyTorch rounds them, or uses no tensor core.
+    cut = partial(peers.in_tf32, network, x[ends], cut=True) if precision == "tf32" else None
+    agreement = peers.agreement(answers[OURS], [answers[EAGER], answers[CHANNELS_LAST]], exact, tf32, cut)
     if not agreement.agrees:
         raise Disagreement(
-            f"{name} {x.dtype} batch {len(x)}: relative error {agreement.ours:.2e}, allowed {agreement.allowed:.2e} "
+            f"{name} {precision} batch {len(x)}: relative error {agreement.ours:.2e}, allowed {agreement.allowed:.2e} "
             f"(PyTorch's own is {agreement.pytorch:.2e})"
         )
     errors = {key: testing.relative_error(answer, exact) for key, answer in answers.items()}
     for key in [key for key in calls if key not in (EAGER, CHANNELS_LAST, OURS)]:
-        if not errors[key] <= PEER_ERROR_FACTOR * agreement.pytorch:  # also NaN
+        if not errors[key] <= max(PEER_ERROR_FACTOR * agreement.pytorch, agreement.allowed):  # also NaN
             left_out[key] = f"wrong answer: relative error {errors.pop(key):.2e}, eager's is {agreement.pytorch:.2e}"
             del calls[key]
-    kernels = peers.kernels_used(contestants[OURS].module, x[:1])
-    contest = Contest(name, x.dtype, len(x), calls, errors, agreement, kernels, left_out)
+    # On a GPU the batch decides which kernel is the fastest.
+    kernels = peers.kernels_used(contestants[OURS].module, inputs[:1] if on_cpu else inputs)
+    contest = Contest(name, x.dtype, precision, len(x), calls, errors, agreement, kernels, left_out)
     return contest, answers[OURS], exact
 
 

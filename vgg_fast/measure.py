@@ -121,6 +121,32 @@ def interleave(
     return {name: Timing(tuple(values)) for name, values in times.items()}
 
 
+def enqueue(call: Callable[[], object], calls: int = 10, repeats: int = 5) -> tuple[float, float]:
+    """Milliseconds per call until it returns, and until its work is done: the medians of several series of calls.
+
+    Args:
+        call: already warm.
+        calls: in a series, few enough for the queue of a GPU, which holds about a thousand launches.
+        repeats: series.
+
+    Example:
+        >>> returns, done = enqueue(lambda: sum(range(1000)))
+        >>> 0 < returns <= done
+        True
+    """
+    returns, done = [], []
+    for _ in range(repeats):
+        _synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        returned = time.perf_counter()
+        _synchronize()
+        done.append((time.perf_counter() - start) * 1e3 / calls)
+        returns.append((returned - start) * 1e3 / calls)
+    return statistics.median(returns), statistics.median(done)
+
+
 def ratio_to_best(timings: Mapping[str, Timing], ours: str) -> float:
     """Median of ``ours`` over the median of the fastest of the others: below 1 is faster than all of them.
 
@@ -153,6 +179,47 @@ def _without_gc() -> Iterator[None]:
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+# --- memory and lost devices ----------------------------------------------------------------------------------------
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether this says that a tensor did not fit, on the CPU or on a GPU.
+
+    Example:
+        >>> try: torch.empty(2**60)
+        ... except RuntimeError as error: out_of_memory(error)
+        True
+    """
+    said = str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        words in said for words in ("DefaultCPUAllocator: can't allocate", "not enough memory", "CUDA out of memory")
+    )
+
+
+def free_memory() -> None:
+    """Gives back to the GPU what PyTorch keeps for later, once what did not fit is gone."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+_LOST = (
+    *("illegal memory access", "misaligned address", "unspecified launch failure", "device-side assert"),
+    *("illegal instruction", "illegal address", "launch timed out", "uncorrectable ECC"),
+)
+
+
+def device_lost(error: BaseException) -> bool:
+    """Whether CUDA answers nothing any more after this error: it stays in the context of the whole process.
+
+    Example:
+        >>> device_lost(RuntimeError("CUDA error: an illegal memory access was encountered"))
+        True
+    """
+    said = str(error)
+    return "CUDA" in said and any(words in said for words in _LOST)
 
 
 # --- the machine ----------------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vgg_fast.peers import CHANNELS_LAST, COMPILED, EAGER, OURS
+from vgg_fast.gpu_peers import BENCHMARK
+from vgg_fast.peers import CHANNELS_LAST, COMPILED, EAGER, GRAPH, OURS
 from vgg_fast.roofline import Ceilings
 
 Row = Mapping[str, Any]
@@ -26,6 +27,12 @@ _LOOKS = {
     "onnxruntime": ("--c-ort", "#010104", "\\\\", "v"),
     "openvino": ("--c-ov", "#010105", "xx", "D"),
     OURS: ("--c-ours", "#010106", "", "*"),
+    # On a GPU; there are no engines beside them whose colours these are.
+    BENCHMARK: ("--c-ort", "#010104", "\\\\", "v"),
+    BENCHMARK + GRAPH: ("--c-ov", "#010105", "xx", "D"),
+    f"{OURS} triton": ("--c-ours", "#010106", "//", "^"),
+    f"{OURS} cuda": ("--c-ours", "#010106", "..", "s"),
+    OURS + GRAPH: ("--c-ours", "#010106", "++", "P"),
 }
 _OTHER = ("--c-other", "#010107", "++", "P")
 _TEXT, _GRID, _PAPER = "#010108", "#010109", "#01010a"
@@ -34,6 +41,8 @@ _VARIABLES |= {_TEXT: "--text", _GRID: "--grid", _PAPER: "--paper"}
 
 TITLES = {EAGER: "PyTorch eager", CHANNELS_LAST: "PyTorch channels_last", COMPILED: "torch.compile"}
 TITLES |= {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", OURS: "vgg-fast"}
+TITLES |= {BENCHMARK: "cuDNN benchmark mode", BENCHMARK + GRAPH: "cuDNN benchmark mode" + GRAPH}
+TITLES |= {f"{OURS}{rest}": f"vgg-fast{rest}" for rest in (" triton", " cuda", GRAPH)}
 
 
 class PlotsUnavailable(Exception):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,13 @@ class Results:
         rows: of :meth:`vgg_fast.contest.Contest.rows`; those with ``gflop_per_image`` are single layers.
         machine: of :func:`vgg_fast.measure.machine`, and whatever else belongs beside it.
         ceilings: of this machine, or None.
+        measured: ceilings measured on a GPU whose ``ceilings`` are its data sheet's.
+        launches: of :meth:`vgg_fast.contest.Contest.launches`.
+        clocks: per problem what :class:`vgg_fast.gpu_facts.Clocks` says, with ``problem`` and ``precision``.
         left_out: (contestant, problem, reason).
         failures: problems that were not timed because our answer was wrong.
         command: that made the report.
+        interrupted: it is a part of what was to be measured.
     """
 
     rows: Sequence[Row]
@@ -34,12 +38,42 @@ class Results:
     left_out: Sequence[tuple[str, str, str]] = ()
     failures: Sequence[str] = ()
     command: str = ""
+    measured: Ceilings | None = None
+    launches: Sequence[Row] = ()
+    clocks: Sequence[Mapping[str, Any]] = ()
+    interrupted: bool = False
     whole: list[Row] = field(init=False)
     layers: list[Row] = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "whole", [r for r in self.rows if r["gflop_per_image"] is None])
         object.__setattr__(self, "layers", [r for r in self.rows if r["gflop_per_image"] is not None])
+
+
+def as_json(results: Results) -> dict[str, Any]:
+    """All of it as plain data; layers with their share of either roofline."""
+    rows = [{**row, **shares(row, results)} for row in results.rows]
+    ceilings = {"used": results.ceilings, "measured": results.measured}
+    return {
+        "interrupted": results.interrupted,
+        "command": results.command,
+        "machine": dict(results.machine),
+        "ceilings": {name: asdict(value) for name, value in ceilings.items() if value},
+        "rows": rows,
+        "launches": list(results.launches),
+        "clocks": list(results.clocks),
+        "left_out": [dict(zip(("contestant", "problem", "reason"), each, strict=True)) for each in results.left_out],
+        "failures": list(results.failures),
+    }
+
+
+def shares(row: Row, results: Results) -> dict[str, float]:
+    """A layer's floor over its time, for the ceilings there are; empty for what is not a layer."""
+    if row["gflop_per_image"] is None:
+        return {}
+    named = {"share_of_roofline": results.ceilings, "share_of_measured_roofline": results.measured}
+    time = row["median_ms_per_image"]
+    return {name: round(plots.floor_of(row, each) / time, 4) for name, each in named.items() if each and time}
 
 
 def write(path: str | os.PathLike[str], results: Results) -> None:
@@ -80,38 +114,49 @@ def page(results: Results) -> str:
         parts += [
             f"<section><h2>Layer by layer: {escape(name)}</h2>",
             _figure(plots.layers(rows, results.ceilings, f"layers{number}"), _about_floor(results.ceilings)),
-            _layer_table(rows, results.ceilings),
+            _layer_table(rows, results),
             "</section>",
         ]
-    parts += [_scaling(results.whole), _left_out(results), _machine(results), "</main></html>"]
-    return "\n".join(part for part in parts if part)
+    parts += [_scaling(results.whole), _launches(results), _clocks(results), _left_out(results), _machine(results)]
+    return document("vgg-fast and its peers", parts)
 
 
-def _head(results: Results) -> str:
-    here = results.machine
-    cap = f", capped to {here['isa_cap']}" if here.get("isa_cap") else ""
-    threads = f"{here['threads']} thread{'' if here['threads'] == 1 else 's'}"
-    summary = f"{here['cpu']}, {threads}{cap}, PyTorch {here['torch']}, vgg-fast {here['vgg_fast']}"
-    return f"""<!DOCTYPE html>
+def document(title: str, parts: Sequence[str]) -> str:
+    """A whole page of these pieces of HTML, with the style inside; empty pieces are left out."""
+    head = f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>vgg-fast and its peers</title>
+<title>{escape(title)}</title>
 <link rel="icon" href="data:,">
 <style>{_STYLE}</style>
 </head>
 <main>
-<h1>vgg-fast and its peers</h1>
-<p>{escape(summary)}. {escape(str(here["date"]))}, commit <code>{escape(str(here["commit"] or "unknown"))}</code>.</p>
+<h1>{escape(title)}</h1>"""
+    return "\n".join([head, *(part for part in parts if part), "</main></html>"])
+
+
+def identity(machine: Mapping[str, Any]) -> str:
+    """Where, with which software and when, as a paragraph."""
+    cap = f", capped to {machine['isa_cap']}" if machine.get("isa_cap") else ""
+    threads = f"{machine['threads']} thread{'' if machine['threads'] == 1 else 's'}"
+    gpu = f"{machine['gpu']}, " if machine.get("capability") else ""
+    summary = f"{gpu}{machine['cpu']}, {threads}{cap}, PyTorch {machine['torch']}, vgg-fast {machine['vgg_fast']}"
+    commit = escape(str(machine["commit"] or "unknown"))
+    return f"<p>{escape(summary)}. {escape(str(machine['date']))}, commit <code>{commit}</code>.</p>"
+
+
+def _head(results: Results) -> str:
+    return f"""{identity(results.machine)}
 <p>All contestants ran in one process with the same number of threads and took turns, round by round. Every answer was
 checked against float64 before anything was timed. Times on a shared machine drift; ratios within a run do not.</p>"""
 
 
 def _notices(results: Results) -> list[str]:
-    return [
-        f'<p class="bad"><strong>Not timed, because the answer is wrong:</strong> {escape(failure)}</p>'
-        for failure in results.failures
+    interrupted = ['<p class="bad"><strong>Interrupted:</strong> only a part of what was to be measured is here.</p>']
+    return (interrupted if results.interrupted else []) + [
+        f'<p class="bad"><strong>Not timed:</strong> {escape(failure)}</p>' for failure in results.failures
     ]
 
 
@@ -119,7 +164,7 @@ def _figure(svg: str, caption: str) -> str:
     return f'<figure><div class="wide" tabindex="0">{svg}</div><figcaption>{escape(caption)}</figcaption></figure>'
 
 
-def _table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]], ours: Sequence[bool] = ()) -> str:
+def table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]], ours: Sequence[bool] = ()) -> str:
     """Cells are HTML; the first one of a row is its header, all from the third on are numbers."""
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
     body = []
@@ -145,7 +190,7 @@ def _times(rows: Sequence[Row]) -> str:
             lines.append([escape(problem), escape(plots.title(row["contestant"])) + kernel, *cells, error])
             ours.append(mine)
     columns = ("problem", "contestant", "median ms", "min ms", "ratio of vgg-fast", "quartiles", "relative error")
-    return _table("Milliseconds per image", columns, lines, ours)
+    return table("Milliseconds per image", columns, lines, ours)
 
 
 def _by_precision(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -168,22 +213,25 @@ def _about_floor(ceilings: Ceilings | None) -> str:
     )
 
 
-def _layer_table(rows: Sequence[Row], ceilings: Ceilings | None) -> str:
+def _layer_table(rows: Sequence[Row], results: Results) -> str:
+    ceilings = results.ceilings
     shown = list(dict.fromkeys(row["contestant"] for row in rows))
     lines = []
     for group in plots.grouped(rows).values():
         by_name = {row["contestant"]: row for row in group}
         ours = by_name[OURS]
-        cells = [f"{by_name[name]['median_ms_per_image']:.3f}" if name in by_name else "" for name in shown]
+        cells = [f"{by_name[name]['median_ms_per_image']:.4g}" if name in by_name else "" for name in shown]
         gflops = ours["gflop_per_image"] / ours["median_ms_per_image"] * 1e3
         cells += [f"{gflops:,.0f}"]
-        cells += [f"{plots.floor_of(ours, ceilings):.3f}"] if ceilings else []
+        cells += [f"{plots.floor_of(ours, ceilings):.4g}"] if ceilings else []
+        cells += [f"{share:.0%}" for share in shares(ours, results).values()]
         cells += [f"{ours['ratio_to_best_peer']:.2f}", f"{ours['relative_error']:.1e}"]
         lines.append([escape(ours["problem"]), escape(ours["kernel"] or "nothing fused"), *cells])
     columns = ["layer", "kernel", *(f"{plots.title(name)} ms" for name in shown), "vgg-fast GFLOP/s"]
-    columns += ["floor ms"] if ceilings else []
+    columns += ["floor ms", "floor / vgg-fast"] if ceilings else []
+    columns += ["measured floor / vgg-fast"] if results.measured else []
     columns += ["ratio to the best peer", "relative error"]
-    return _table("Median milliseconds per image and layer", columns, lines)
+    return table("Median milliseconds per image and layer", columns, lines)
 
 
 def _scaling(rows: Sequence[Row]) -> str:
@@ -202,26 +250,64 @@ def _scaling(rows: Sequence[Row]) -> str:
         "Time with one thread over that with all; median ms per image by batch; the largest over that of a smaller"
     )
     ours = [each.contestant == OURS for each in found]
-    return f"<section><h2>Threads and batches</h2>{_table(caption, columns, lines, ours)}</section>"
+    return f"<section><h2>Threads and batches</h2>{table(caption, columns, lines, ours)}</section>"
+
+
+def _launches(results: Results) -> str:
+    """Where the second time is hardly longer than the first, the GPU waits for the calls."""
+    if not results.launches:
+        return ""
+    lines = []
+    for row in results.launches:
+        cells = [f"{row[key]:.4g}" for key in ("returns_ms", "done_ms")]
+        share = f"{row['returns_ms'] / row['done_ms']:.0%}" if row["done_ms"] else ""
+        lines.append([escape(plots.problem_of(row)), escape(plots.title(row["contestant"])), *cells, share])
+    columns = ("problem", "contestant", "ms until it returns", "ms until it is done", "share")
+    about = "Ten calls in a row without waiting: what Python, PyTorch and the driver take, and the whole, per call"
+    return f"<section><h2>Launch overhead</h2>{table(about, columns, lines)}</section>"
+
+
+def _clocks(results: Results) -> str:
+    if not results.clocks:
+        return ""
+    keys = [key for key in results.clocks[0] if key not in ("problem", "precision", "batch")]
+    lines = [
+        [escape(plots.problem_of(each)), *(escape("" if each[key] is None else str(each[key])) for key in keys)]
+        for each in results.clocks
+    ]
+    columns = ["problem", *(key.replace("_", " ") for key in keys)]
+    about = "Asked of nvidia-smi right after each problem was timed, while vgg-fast's call went on"
+    return f'<section class="text"><h2>Clocks</h2>{table(about, columns, lines)}</section>'
 
 
 def _left_out(results: Results) -> str:
     if not results.left_out:
         return ""
     lines = [[escape(plots.title(who)), escape(what), escape(why)] for who, what, why in results.left_out]
-    table = _table("", ("contestant", "problem", "reason"), lines)
-    return f'<section class="text"><h2>Who was left out, and why</h2>{table}</section>'
+    found = table("", ("contestant", "problem", "reason"), lines)
+    return f'<section class="text"><h2>Who was left out, and why</h2>{found}</section>'
+
+
+def _ceiling_facts(what: str, ceilings: Ceilings) -> dict[str, str]:
+    facts = {f"{what} {name}": f"{value:,.0f} GFLOP/s" for name, value in ceilings.gflops.items()}
+    return {**facts, f"{what} memory": f"{ceilings.gbytes:.1f} GB/s", f"{what}s": ceilings.how}
 
 
 def _machine(results: Results) -> str:
     facts = {**results.machine}
     if results.ceilings:
-        facts |= {f"ceiling {name}": f"{value:,.0f} GFLOP/s" for name, value in results.ceilings.gflops.items()}
-        facts |= {"ceiling memory": f"{results.ceilings.gbytes:.1f} GB/s", "ceilings": results.ceilings.how}
+        facts |= _ceiling_facts("ceiling", results.ceilings)
+    if results.measured:
+        facts |= _ceiling_facts("measured ceiling", results.measured)
     if results.command:
         facts["command"] = results.command
+    return machine_table(facts)
+
+
+def machine_table(facts: Mapping[str, Any]) -> str:
+    """A section that lists what is known of the machine and of the run."""
     lines = [[escape(str(k)), escape("none" if v is None else str(v))] for k, v in facts.items()]
-    return f'<section class="text"><h2>Machine and versions</h2>{_table("", ("what", "value"), lines)}</section>'
+    return f'<section class="text"><h2>Machine and versions</h2>{table("", ("what", "value"), lines)}</section>'
 
 
 # Colours after Okabe and Ito, darker on paper and lighter on black until each has a contrast of 3 against it.

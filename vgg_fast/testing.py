@@ -123,14 +123,26 @@ def linear_bound(x: Tensor, weight: Tensor, bias: Tensor, kernel: str) -> Tensor
 
 
 # Relative error of one product. Rounding to bf16 is off by u = 2^-8 at most, the sum of k bf16 values by u^k; three
-# products leave out x2 w2, six leave out x2 w3 and x3 w2, which are as large as what was rounded away.
+# products leave out x2 w2, six leave out x2 w3 and x3 w2, which are as large as what was rounded away. tf32 has 10 bits
+# after the point; a tensor core may cut off the others, so that an operand is off by 2^-10 (rounding would be 2^-11).
 _U = 2.0**-8
+_TF32 = 2.0**-10
 _PRODUCT_ERRORS = {
     "amx_bf16": 2 * _U + _U**2,
     "avx512_bf16": 2 * _U + _U**2,
     "amx_bf16x3": 3 * _U**2,
     "amx_bf16x6": 4 * _U**3,
+    "triton_bf16x3": 3 * _U**2,
+    "triton_tf32": 2 * _TF32 + _TF32**2,
+    "cuda_tf32": 2 * _TF32 + _TF32**2,
 }
+
+# Additions per product, in units of fp32's rounding. A tensor core adds a block of products to its accumulator with all
+# of them aligned to the largest and the rest cut off (Fasi, Higham, Mikaitis, Pranesh, "Numerical behavior of NVIDIA
+# tensor cores", 2021): at most 2 roundings per block, and half a one per operand. A block of 8 (fp16, bf16) costs 6.5
+# for 8 products, which is less than the 1 of every order of summation; one of 4 (tf32) costs 4.5, and bf16x3 has
+# three products for one.
+_ADDITIONS = {"triton_tf32": 9 / 8, "cuda_tf32": 9 / 8, "triton_bf16x3": 3.0}
 
 
 def product_error(kernel: str, dtype: torch.dtype) -> float:
@@ -233,7 +245,8 @@ def conv_bound(
     met = F.conv2d(x.double().abs(), torch.ones(1, *weight.shape[1:], dtype=torch.float64, device=x.device), padding=1)
     flushed = tiny * (met + weight.double().abs().sum((1, 2, 3))[:, None, None] + 6 * 9 * x.shape[1])
     if is_direct(kernel, *x.shape[1:]):
-        error = magnitude * (9 * x.shape[1] * u32 + product_error(kernel, x.dtype))  # as many terms
+        terms = 9 * x.shape[1] * _ADDITIONS.get(kernel, 1.0)
+        error = magnitude * (terms * u32 + product_error(kernel, x.dtype))
     else:
         # Roundings on the way of a term: 2 in each of the two passes of B, 4 in each of G (its coefficient, a product,
         # two sums), 3 in each of A, and the sum over Cin in parts of 32 channels.

@@ -7,26 +7,34 @@ itself: a similarity over a whole map would not see one wrong corner.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from vgg_fast import fold, library, ops, reference, selection, testing
+from vgg_fast import gpu_facts, library, ops, reference, selection, testing
+from vgg_fast.peers import Layer
 from vgg_fast.reference import Step
+from vgg_fast.verdicts import FORMATS, DeviceLost, Problem, Row
+from vgg_fast.verify_layers import Network
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_EPILOGUES = ((False, False), (True, False), (False, True), (True, True))
-_FORMATS = (torch.contiguous_format, torch.channels_last)
+GPU_KERNELS = ("triton", "triton_tf32", "triton_bf16x3", "cuda", "cuda_tf32")
 
 
 class Unavailable(RuntimeError):
     """A device or kernel was named that is not here."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C in the middle; ``rows`` hold what was checked until then."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        super().__init__()
+        self.rows = rows
 
 
 @dataclass(frozen=True)
@@ -37,91 +45,14 @@ class Ops:
     maxpool2x2: Callable[..., Tensor] = ops.maxpool2x2.maxpool2x2
     pack: Callable[..., tuple[Tensor, Tensor]] = torch.ops.vgg_fast.pack
     conv_stack: Callable[..., Tensor] = torch.ops.vgg_fast.conv_stack
+    conv_stack_taps: Callable[..., list[Tensor]] = torch.ops.vgg_fast.conv_stack_taps
     linear: Callable[..., Tensor] = torch.ops.vgg_fast.linear
-
-
-@dataclass
-class Row:
-    """What became of one op on one kernel in one dtype.
-
-    Attributes:
-        op: ``conv3x3``, ``conv_stack`` (with ``pack``), ``maxpool2x2`` or ``linear``.
-        kernel: the kernel that was named in the call.
-        dtype: as ``float32``.
-        problems: how many results were judged.
-        exact: how many of them bit for bit.
-        worst: largest error over its bound, away from the border; at most 1 where all is well.
-        worst_border: the same on the border.
-        misses: one sentence per wrong result.
-        absent: why this kernel does not run here; empty if it does.
-    """
-
-    op: str
-    kernel: str
-    dtype: str
-    problems: int = 0
-    exact: int = 0
-    worst: float = 0.0
-    worst_border: float = 0.0
-    misses: list[str] = field(default_factory=list)
-    absent: str = ""
-
-    @property
-    def result(self) -> str:
-        """``ok``, ``MISS``, or ``not here``."""
-        return "MISS" if self.misses else "not here" if self.absent else "ok"
-
-    @contextlib.contextmanager
-    def attempt(self, what: str) -> Iterator[None]:
-        """An op that raises is one more miss, and no reason to leave the others unchecked."""
-        try:
-            yield
-        except Exception as error:
-            self.problems += 1
-            self.misses.append(f"{what}: raised {type(error).__name__}: {str(error).splitlines()[0]}")
-
-    def equal(self, actual: Tensor, expected: Tensor, what: str) -> None:
-        """Judges bit for bit; NaN equals NaN, and -0.0 equals 0.0 (which of them a sum of zero is, nobody promises)."""
-        self.problems += 1
-        self.exact += 1
-        actual = actual.cpu()
-        same = actual.shape == expected.shape and actual.dtype == expected.dtype
-        if same and torch.allclose(actual, expected, rtol=0, atol=0, equal_nan=True):
-            return
-        self.misses.append(f"{what}: {_difference(actual, expected)}")
-
-    def within(self, actual: Tensor, expected: Tensor, bound: Tensor, what: str) -> None:
-        """Judges by the elementwise ``bound``; ``expected`` in float64."""
-        self.problems += 1
-        actual = actual.cpu()
-        if actual.shape == expected.shape:
-            ratio = ((actual.double() - expected).abs() / bound).nan_to_num(nan=math.inf)
-            border = torch.zeros_like(ratio, dtype=torch.bool)
-            border[..., (0, -1), :] = True
-            border[..., (0, -1)] = True
-            self.worst = max(self.worst, ratio.masked_fill(border, 0).max().item())
-            self.worst_border = max(self.worst_border, ratio.masked_fill(~border, 0).max().item())
-        try:
-            testing.assert_within(actual, expected, bound, what)
-        except AssertionError as error:
-            self.misses.append(str(error))
-
-
-def _difference(actual: Tensor, expected: Tensor) -> str:
-    if actual.shape != expected.shape or actual.dtype != expected.dtype:
-        return f"{tuple(actual.shape)} {actual.dtype} instead of {tuple(expected.shape)} {expected.dtype}"
-    wrong = ~((actual == expected) | (actual.isnan() & expected.isnan()))
-    first = tuple(wrong.nonzero()[0].tolist())
-    return (
-        f"{int(wrong.sum())} of {wrong.numel()} elements differ, the first at {first}: "
-        f"{actual[first].item()} instead of {expected[first].item()}"
-    )
 
 
 def kernels(device: str) -> list[str]:
     """Names of the kernels that ``device`` (``cpu`` or ``cuda``) may have; which of them run here is another matter."""
     if device == "cuda":
-        return ["triton", "cuda"]
+        return list(GPU_KERNELS)
     return list(dict.fromkeys(selection.cpu_kernels() + selection.linear_kernels())) or [selection.REFERENCE]
 
 
@@ -131,6 +62,8 @@ def verify(
     only: Sequence[str] = (),
     shapes: Sequence[testing.Shape] = testing.SHAPES,
     dtypes: Sequence[torch.dtype] = DTYPES,
+    layers: Sequence[Layer] = (),
+    batches: Sequence[int] = (1, 32),
     checked: Ops | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Row]:
@@ -141,6 +74,8 @@ def verify(
         only: names of kernels; empty for all that the device has.
         shapes: problems, by default the whole table.
         dtypes: of the activations.
+        layers: of a network, checked at their real size, one by one and as a chain; ``peers.LAYERS`` are VGG16's.
+        batches: of images for ``layers``.
         checked: what to check, by default the registered ops.
         on_progress: called with (steps done, steps in all).
 
@@ -149,38 +84,75 @@ def verify(
 
     Raises:
         Unavailable: another device, one that is not there, or a kernel that does not exist on it.
+        Interrupted: Ctrl-C; it has the rows.
 
     Example:
         >>> rows = verify(shapes=[testing.shape("one_row")], dtypes=[torch.float32])
         >>> {row.result for row in rows} <= {"ok", "not here"}
         True
     """
-    checked = checked or Ops()
     where = _device(device)
     names = kernels(where.type)
     for name in only:
         if name not in names:
             raise Unavailable(f"there is no kernel {name!r} on {where.type}; its kernels are {', '.join(names)}")
-    rows: list[Row] = []
-    total, done = len(dtypes) * len(shapes), 0
-    for dtype in dtypes:
-        name = _name(dtype)
-        pool = Row("maxpool2x2", "reference" if where.type == "cpu" and library.missing("_C") else where.type, name)
-        pairs = []
-        for kernel in only or names:
+    run = _Run(checked or Ops(), where, only or names, not only, layers, batches)
+    total, done = len(dtypes) * (len(shapes) + len(layers) * len(batches)), 0
+    try:
+        # A kernel's name means ieee; that PyTorch allows tf32 by default would make another one of it.
+        with gpu_facts.float32("ieee"):
+            for dtype in dtypes:
+                for _ in run.steps(dtype, shapes):
+                    done += 1
+                    if on_progress:
+                        on_progress(done, total)
+    except KeyboardInterrupt:
+        raise Interrupted(run.rows) from None
+    except DeviceLost as error:
+        for row in run.rows:
+            if not row.problems and not row.absent:
+                row.absent = f"not reached: the GPU gave up at {error}"
+    return run.rows
+
+
+class _Run:
+    """What belongs together while one device is verified; :attr:`rows` grow as it goes on."""
+
+    def __init__(
+        self,
+        checked: Ops,
+        device: torch.device,
+        names: Sequence[str],
+        pools: bool,
+        layers: Sequence[Layer],
+        batches: Sequence[int],
+    ) -> None:
+        self.checked, self.device, self.names, self.pools = checked, device, names, pools
+        self.layers, self.batches = layers, batches
+        self.rows: list[Row] = []
+
+    def steps(self, dtype: torch.dtype, shapes: Sequence[testing.Shape]) -> Iterator[None]:
+        """Checks everything in one dtype; yields after every shape and layer."""
+        checked, where = self.checked, self.device
+        pairs, networks = [], []
+        for kernel in self.names:
             if where.type == "cpu" and kernel in selection.linear_kernels():
-                rows.append(_check_linear(checked, dtype, where, kernel))
-            if where.type == "cpu" and kernel not in (selection.cpu_kernels() or names):
+                self.rows.append(_check_linear(checked, dtype, where, kernel))
+            if where.type == "cpu" and kernel not in (selection.cpu_kernels() or self.names):
                 continue  # a kernel of fully connected layers only
             absent = _absent(dtype, where, kernel)
-            conv, stack = (Row(op, kernel, name, absent=absent) for op in ("conv3x3", "conv_stack"))
-            rows += [conv, stack]
+            made = [Row(op, kernel, _name(dtype), absent=absent) for op in ("conv3x3", "conv_stack")]
+            made += [
+                Row(f"layers, batch {n}", kernel, _name(dtype), absent=absent) for n in self.batches if self.layers
+            ]
+            self.rows += made
             if not absent:
-                pairs.append((conv, stack))
-        if not only:
-            rows.append(pool)
+                pairs.append((made[0], made[1]))
+                networks += list(zip(made[2:], self.batches, strict=False))
+        pools = _pools(checked, where, _name(dtype)) if self.pools else []
+        self.rows += [row for row, _ in pools]
         for shape in shapes:
-            problems = [_Problem(shape, dtype, integers) for integers in (True, False)]
+            problems = [Problem(shape, dtype, integers) for integers in (True, False)]
             for conv, stack in pairs:
                 for problem in problems:
                     _check_conv3x3(checked, problem, where, conv)
@@ -188,110 +160,60 @@ def verify(
                         _check_step(checked, problem, where, stack)
                 with stack.attempt(f"{shape.name}, a chain of three"):
                     _check_chain(checked, shape, dtype, where, stack)
-            if not only:
-                with pool.attempt(shape.name):
-                    _check_maxpool(checked, shape, dtype, where, pool)
-            done += 1
-            if on_progress:
-                on_progress(done, total)
-    return rows
+            for row, pool in pools:
+                with row.attempt(shape.name):
+                    _check_maxpool(pool, shape, dtype, where, row)
+            yield
+        network = Network(checked, self.layers, dtype, where)
+        for position in range(len(self.layers)):
+            network.prepare(position)
+            for n in self.batches:
+                for row, batch in networks:
+                    if batch == n:
+                        network.check_layer(position, n, row)
+                yield
+        for row, batch in networks:
+            network.check_chain(batch, row)
+
+
+def _pools(checked: Ops, device: torch.device, dtype: str) -> list[tuple[Row, Callable[[Tensor], Tensor]]]:
+    """Rows of the pool, and what to call: the op; on a GPU also the kernel of each family, whichever the op takes."""
+    name = "reference" if device.type == "cpu" and library.missing("_C") else device.type
+    result = [(Row("maxpool2x2", "auto" if device.type == "cuda" else name, dtype), checked.maxpool2x2)]
+    if device.type != "cuda":
+        return result
+    for kernel in ("triton", "cuda"):
+        row = Row("maxpool2x2", kernel, dtype, absent=_absent(torch.float32, device, kernel))
+        if kernel == "triton" and not row.absent:
+            from vgg_fast.kernels.maxpool2x2 import maxpool2x2 as pool
+        elif not row.absent:
+            pool = torch.ops.vgg_fast_cuda.maxpool2x2
+        result.append((row, checked.maxpool2x2 if row.absent else pool))
+    return result
 
 
 def _device(name: str) -> torch.device:
     if name not in ("cpu", "cuda"):
         raise Unavailable(f"there are no kernels for device {name!r}; choose cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        build = "" if torch.version.cuda else " (and this PyTorch is a build without CUDA)"
-        raise Unavailable(f"there is no CUDA device on this machine{build}; --device cpu verifies the CPU kernels")
+    if name == "cuda" and (reason := gpu_facts.lacking()):
+        raise Unavailable(f"{reason}; --device cpu verifies the CPU kernels")
     return torch.device(name)
 
 
 def _absent(dtype: torch.dtype, device: torch.device, kernel: str) -> str:
     """Why a kernel does not run this dtype here, in a line; empty if it does."""
     try:
-        selection.choose(dtype, device, kernel)
+        chosen = selection.choose(dtype, device, kernel)
     except RuntimeError as error:
         return str(error).splitlines()[0]
-    return ""
+    return "" if chosen == kernel else f"{chosen} runs in its place"
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-class _Answers:
-    """What has to come out of a problem, for every epilogue, and within which bound; in float64."""
-
-    def __init__(self, y: Tensor, bound: Tensor) -> None:
-        self.by_epilogue = {}
-        for relu, pool in _EPILOGUES:
-            if pool and min(y.shape[2:]) < 2:
-                continue
-            expected = F.relu(y) if relu else y
-            # The largest bound in a window holds for its largest element, too; ReLU only shrinks errors.
-            self.by_epilogue[relu, pool] = (
-                (reference.maxpool2x2(expected), reference.maxpool2x2(bound)) if pool else (expected, bound)
-            )
-
-
-class _Problem:
-    """Inputs of one shape and the right answers, made once for all kernels: convolutions in float64 are slow."""
-
-    def __init__(self, shape: testing.Shape, dtype: torch.dtype, integers: bool) -> None:
-        self.shape, self.integers = shape, integers
-        x, self.weight, self.bias = testing.conv_inputs(shape, dtype, integers)
-        self.inputs = {f: x.contiguous(memory_format=f) for f in _FORMATS}
-        channels = shape.cout
-        if integers:
-            # A standard deviation of 1 and scales of 1/2, 1 and 2 of either sign: nothing is rounded.
-            sign = 1.0 - 2.0 * (torch.arange(channels) % 2)
-            self.bn_weight = sign * 2.0 ** testing.integer_tensor(channels, limit=1, seed=3)
-            self.bn_var, self.bn_eps = torch.ones(channels), 0.0
-            self.bn_mean, self.bn_bias = (testing.integer_tensor(channels, limit=4, seed=s) for s in (4, 5))
-        else:
-            self.bn_weight, self.bn_mean, self.bn_bias, variance = (
-                testing.random_tensor(channels, seed=s) for s in (3, 4, 5, 6)
-            )
-            self.bn_var, self.bn_eps = variance.abs() + 0.1, 1e-5
-        y = F.conv2d(x.double(), self.weight.double(), self.bias.double(), padding=1)
-        affine = torch.stack([torch.ones(channels), self.bias.float()])
-        self._x, self._answers = x, dict[tuple[str, bool, float], _Answers]()
-        self._exact = {"conv": (y, affine)}
-        mean, var, gamma, beta = (v.double()[:, None, None] for v in self.norm)
-        y = (y - mean) * torch.rsqrt(var + self.bn_eps) * gamma + beta
-        _, affine = fold.batchnorm_affine(channels, self.bias, *self.norm, self.bn_eps)
-        self._exact["step"] = y, affine
-
-    @property
-    def norm(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The batch-norm's vectors in the order of ``pack``."""
-        return self.bn_mean, self.bn_var, self.bn_weight, self.bn_bias
-
-    def answers(self, op: str, kernel: str) -> _Answers:
-        """What ``op`` (``conv`` or ``step``) has to give; the bound depends on how the kernel adds up."""
-        direct = testing.is_direct(kernel, *self._x.shape[1:])
-        key = op, direct, testing.product_error(kernel, self._x.dtype)
-        if key not in self._answers:
-            y, affine = self._exact[op]
-            self._answers[key] = _Answers(y, testing.conv_bound(self._x, self.weight, affine, kernel=kernel))
-        return self._answers[key]
-
-    def judge(self, row: Row, op: str, run: Callable[[Tensor, bool, bool], Tensor]) -> None:
-        """Lets ``run(x, relu, pool)`` solve the problem with every epilogue and in both memory formats."""
-        exact = self.integers and testing.is_direct(row.kernel, *self._x.shape[1:])
-        for (relu, pool), (expected, bound) in self.answers(op, row.kernel).by_epilogue.items():
-            for memory_format, x in self.inputs.items():
-                what = f"{self.shape.name}, {'integers' if self.integers else 'random'}, relu={relu}, pool={pool}"
-                what += ", channels_last" if memory_format is torch.channels_last else ""
-                with row.attempt(what):
-                    actual = run(x, relu, pool)
-                    if exact:
-                        row.equal(actual, expected.to(x.dtype), what)
-                    else:
-                        row.within(actual, expected, bound, what)
-
-
-def _check_conv3x3(checked: Ops, problem: _Problem, device: torch.device, row: Row) -> None:
+def _check_conv3x3(checked: Ops, problem: Problem, device: torch.device, row: Row) -> None:
     weight, bias = problem.weight.to(device), problem.bias.to(device)
 
     def run(x: Tensor, relu: bool, pool: bool) -> Tensor:
@@ -300,7 +222,7 @@ def _check_conv3x3(checked: Ops, problem: _Problem, device: torch.device, row: R
     problem.judge(row, "conv", run)
 
 
-def _check_step(checked: Ops, problem: _Problem, device: torch.device, row: Row) -> None:
+def _check_step(checked: Ops, problem: Problem, device: torch.device, row: Row) -> None:
     """A chain of one, with batch-norm."""
     tensors = (t.to(device) for t in (problem.weight, problem.bias, *problem.norm))
     packed, affine = checked.pack(*tensors, problem.bn_eps, row.kernel)
@@ -310,6 +232,12 @@ def _check_step(checked: Ops, problem: _Problem, device: torch.device, row: Row)
         return checked.conv_stack(x.to(device), [packed], [affine], [_step(relu, pool)], row.kernel, last)
 
     problem.judge(row, "step", run)
+
+    def run_taps(x: Tensor, relu: bool, pool: bool) -> list[Tensor]:
+        program = [_step(relu, pool) | Step.TAP]
+        return checked.conv_stack_taps(x.to(device), [packed], [affine], program, row.kernel, True)
+
+    problem.judge_taps(row, run_taps)
 
 
 def _step(relu: bool, pool: bool) -> int:
@@ -357,9 +285,11 @@ def _check_linear(checked: Ops, dtype: torch.dtype, device: torch.device, kernel
     return row
 
 
-def _check_maxpool(checked: Ops, shape: testing.Shape, dtype: torch.dtype, device: torch.device, row: Row) -> None:
+def _check_maxpool(
+    pool: Callable[[Tensor], Tensor], shape: testing.Shape, dtype: torch.dtype, device: torch.device, row: Row
+) -> None:
     """Random values, ties, and NaN and infinities sprinkled over them."""
-    if min(shape.h, shape.w) < 2:
+    if row.absent or min(shape.h, shape.w) < 2:
         return
     size = (shape.n, shape.cin, shape.h, shape.w)
     special = testing.random_tensor(*size, dtype=dtype)
@@ -373,6 +303,6 @@ def _check_maxpool(checked: Ops, shape: testing.Shape, dtype: torch.dtype, devic
     }
     for what, x in inputs.items():
         expected = reference.maxpool2x2(x)
-        for memory_format in _FORMATS:
-            actual = checked.maxpool2x2(x.contiguous(memory_format=memory_format).to(device))
+        for memory_format in FORMATS:
+            actual = pool(x.contiguous(memory_format=memory_format).to(device))
             row.equal(actual, expected, f"{shape.name} {what}")

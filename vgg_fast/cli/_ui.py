@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -16,11 +17,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-from vgg_fast import library, selection
+from vgg_fast import gpu_facts, library, selection
 from vgg_fast.peers import DTYPES
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+_CPU = torch.device("cpu")
 
 FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130  # 130 = 128 + SIGINT, as shells have it
 
@@ -50,8 +53,8 @@ def command(function: Callable[P, T]) -> Callable[P, T]:
         except UserError as error:
             complain(str(error))
             raise typer.Exit(USER_ERROR) from None
-        except KeyboardInterrupt:
-            err.print("interrupted")
+        except KeyboardInterrupt as stopped:
+            err.print(str(stopped) or "interrupted", markup=False)
             raise typer.Exit(INTERRUPTED) from None
 
     return run
@@ -107,14 +110,14 @@ def show(table: Table) -> None:
     (out if out.is_terminal else Console(width=200, highlight=False)).print(table)
 
 
+def to_json(value: Any) -> str:
+    """No NaN, which is not JSON."""
+    return json.dumps(value, indent=1, allow_nan=False)
+
+
 def print_json(value: Any) -> None:
     """Pure JSON on stdout: no colours, no wrapping, no NaN."""
-    typer.echo(json.dumps(value, indent=1, allow_nan=False))
-
-
-def finite(value: float) -> float | None:
-    """JSON has no infinity and no NaN."""
-    return value if abs(value) < float("inf") else None
+    typer.echo(to_json(value))
 
 
 def parse_dtypes(text: str) -> list[torch.dtype]:
@@ -153,12 +156,45 @@ def check_size(size: int) -> None:
         raise UserError(f"--size {size} is too small: VGG's five pools need at least 32 pixels a side")
 
 
-def check_backend(backend: str, dtypes: list[torch.dtype]) -> None:
+def check_backend(backend: str, dtypes: Iterable[torch.dtype], device: torch.device = _CPU) -> None:
     """An unknown backend, or one that cannot run these: said now, and not after the work."""
     if backend != "auto":
         with user_errors(RuntimeError):
             for dtype in dtypes:
-                selection.choose(dtype, torch.device("cpu"), backend)
+                selection.choose(dtype, device, backend)
+
+
+def parse_device(name: str) -> torch.device:
+    """``cpu``, or ``cuda`` where there is such a device."""
+    if name not in ("cpu", "cuda"):
+        raise UserError(f"there are no kernels for device {name!r}; choose cpu or cuda")
+    if name == "cuda" and (reason := gpu_facts.lacking()):
+        raise UserError(reason)
+    return torch.device(name)
+
+
+def check_writable(*files: Path | None) -> None:
+    """Said now, and not after minutes of work."""
+    for file in files:
+        if file is not None:
+            with user_errors(OSError):
+                file.open("a").close()
+
+
+def check_report(report: Path | None) -> None:
+    """Whether both files of a report can be written: the page, and the JSON beside it."""
+    if report is not None and report.suffix == ".json":
+        raise UserError(f"--report {report}: name the HTML page; the JSON goes beside it, under the same name")
+    if report is not None:
+        check_writable(report, report.with_suffix(".json"))
+
+
+def write_text(file: Path, text: str) -> None:
+    """All of the file or nothing: whoever is interrupted again keeps what was there."""
+    with user_errors(OSError):
+        part = file.with_name(file.name + ".part")
+        part.write_text(text, encoding="utf-8")
+        part.replace(file)
 
 
 def check_isa() -> None:

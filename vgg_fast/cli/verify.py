@@ -2,55 +2,47 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Callable
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated
 
 import torch
 import typer
 from rich.table import Table
 
-from vgg_fast import measure
+from vgg_fast import gpu_facts, measure, parity_report, peers
 from vgg_fast import verify as checks
 from vgg_fast.cli._ui import (
     FAILED,
     Bar,
     check_isa,
+    check_report,
     command,
     complain,
     dtype_name,
-    finite,
     new_table,
     out,
+    parse_device,
     parse_dtypes,
     print_json,
     progress,
     show,
+    to_json,
     user_errors,
+    write_text,
 )
+from vgg_fast.verdicts import Row
 
-_COLOURS = {"ok": "green", "MISS": "bold red", "not here": "dim"}
-
-
-def _as_dict(row: checks.Row) -> dict[str, Any]:
-    return {
-        "op": row.op,
-        "kernel": row.kernel,
-        "dtype": row.dtype,
-        "problems": row.problems,
-        "bit_for_bit": row.exact,
-        "worst_error_over_bound": finite(row.worst),
-        "worst_error_over_bound_on_border": finite(row.worst_border),
-        "result": row.result,
-        "misses": row.misses,
-        "absent": row.absent,
-    }
+_COLOURS = {"ok": "green", "MISS": "bold red", "no memory": "yellow", "not here": "dim"}
 
 
 def _short(dtype: str) -> str:
     return dtype_name(getattr(torch, dtype))
 
 
-def _table(rows: list[checks.Row]) -> Table:
+def _table(rows: list[Row]) -> Table:
     table = new_table("against the reference in float64")
     for column in ("op", "kernel", "dtype"):
         table.add_column(column)
@@ -72,19 +64,41 @@ def verify(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     kernel: Annotated[list[str] | None, typer.Option(help="Only this kernel; may be given several times.")] = None,
     dtype: Annotated[str, typer.Option(help="fp32, bf16, fp16, or several with commas.")] = "fp32,bf16,fp16",
+    layers: Annotated[
+        bool | None, typer.Option(help="Also VGG16's layers at 224x224, batch 1 and 32; on a GPU unless refused.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
+    report: Annotated[Path | None, typer.Option(help="Also write an HTML page, and the JSON beside it.")] = None,
 ) -> None:
     """Check every op and kernel of this machine: integers bit for bit, random numbers within a derived bound."""
     check_isa()
-    dtypes = parse_dtypes(dtype)
+    dtypes, where = parse_dtypes(dtype), parse_device(device)
+    check_report(report)
+    real = peers.LAYERS if layers or (layers is None and where.type == "cuda") else ()
+    interrupted, machine = False, {**measure.machine(), **gpu_facts.describe(where)}
     with progress("verifying", 1) as bar, user_errors(checks.Unavailable):
-        rows = checks.verify(device, only=kernel or (), dtypes=dtypes, on_progress=_advance(bar))
+        try:
+            rows = checks.verify(device, only=kernel or (), dtypes=dtypes, layers=real, on_progress=_advance(bar))
+        except checks.Interrupted as stopped:
+            rows, interrupted = stopped.rows, True
+    plain = [parity_report.row_as_json(row) for row in rows]
+    found = {"device": device, "interrupted": interrupted, "machine": machine, "rows": plain}
+    if report is not None:
+        command_line = shlex.join(["vgg-fast", *sys.argv[1:]])
+        write_text(report.with_suffix(".json"), to_json(found))
+        write_text(report, parity_report.page(rows, machine, command_line, interrupted))
+    if interrupted:
+        kept = f"; {report} has what was checked until then" if report is not None else ""
+        raise KeyboardInterrupt(f"interrupted{kept}")
     if json:
-        print_json({"device": device, "rows": [_as_dict(row) for row in rows], "machine": measure.machine()})
+        print_json(found)
     else:
         show(_table(rows))
         for reason in dict.fromkeys(row.absent for row in rows if row.absent):
             out.print(f"not here: {reason}", markup=False)
+        for row in rows:
+            for what in row.unjudged:
+                out.print(f"not checked: {row.op} by {row.kernel} in {row.dtype}, {what}", markup=False)
     misses = [(row, miss) for row in rows for miss in row.misses]
     for row, miss in misses[:10]:
         complain(f"{row.op} by {row.kernel} in {row.dtype}: {miss}")
