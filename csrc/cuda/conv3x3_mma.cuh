@@ -29,20 +29,17 @@
 
 namespace vgg_fast::cuda {
 
-template <typename T_, int kTile_, int kWarpsM_, int kWarpsN_, int kUnits_, int kColumns_>
+template <typename T_, int kTileIndex>
 struct MmaTraits {
   using T = T_;
-  static constexpr int kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, kUnits = kUnits_, kColumns = kColumns_;
-  static constexpr int kThreads = 32 * kWarpsM * kWarpsN;
-  static constexpr int kPositions = 8 * kUnits * kWarpsM;  // of a tile, two pixels each
-  static constexpr int kBn = 8 * kColumns * kWarpsN;
-  static constexpr int kUnit = 16 / sizeof(T);                // channels in 16 bytes
-  static constexpr int kWeightStage = 3 * 2 * kBn * 16;       // bytes: kh, half, output channel
-  static constexpr int kSlots = 3 * 2 * kBn / kThreads;       // 16-byte copies of a thread for one
-  static constexpr int kVectors = kColumns / (kUnit / 2);     // 16-byte stores of a thread for one pixel
-  static constexpr int kResident = kMmaTiles[kTile_].resident;
-  static_assert(2 * kPositions == kMmaTiles[kTile_].bm && kBn == kMmaTiles[kTile_].bn &&
-                kThreads == 32 * kMmaTiles[kTile_].warps);
+  static constexpr MmaTile kTile = kMmaTiles[kTileIndex];
+  static constexpr int kUnits = kTile.units, kColumns = kTile.columns, kBn = kTile.bn, kWarpsN = kTile.warps_n();
+  static constexpr int kThreads = 32 * kTile.warps();
+  static constexpr int kPositions = kTile.bm / 2;          // of a tile, two pixels each
+  static constexpr int kUnit = 16 / sizeof(T);             // channels in 16 bytes
+  static constexpr int kWeightStage = 3 * 2 * kBn * 16;    // bytes: kh, half, output channel
+  static constexpr int kSlots = 3 * 2 * kBn / kThreads;    // 16-byte copies of a thread for one
+  static constexpr int kVectors = kColumns / (kUnit / 2);  // 16-byte stores of a thread for one pixel
 };
 
 // A position (see conv3x3_mma_cuda.h) taken apart.
@@ -127,8 +124,7 @@ __device__ void multiply(const MmaArgs& a, const int (&units)[K::kUnits], uint32
   for (int kh = 0; kh < 3; ++kh) {
     uint32_t b[K::kColumns / 2][4];
 #pragma unroll
-    for (int j = 0; j < K::kColumns / 2; ++j)
-      ptx::ldmatrix_x4(b[j], weights + (kh * 2 * K::kBn + j * 16) * 16);
+    for (int j = 0; j < K::kColumns / 2; ++j) ptx::ldmatrix_x4(b[j], weights + (kh * 2 * K::kBn + j * 16) * 16);
 #pragma unroll
     for (int u = 0; u < K::kUnits; ++u) {
       const uint32_t* f = fragment[u] + 2 * kh;
@@ -144,8 +140,8 @@ __device__ void multiply(const MmaArgs& a, const int (&units)[K::kUnits], uint32
 template <class K>
 __device__ bool join(const MmaArgs& a, int tile, int part, float (&acc)[K::kUnits][K::kColumns][4]) {
   constexpr int kVectors = K::kUnits * K::kColumns;
-  float4* parts = reinterpret_cast<float4*>(a.partial) +
-                  static_cast<int64_t>(tile) * a.split * kVectors * K::kThreads + threadIdx.x;
+  float4* parts = reinterpret_cast<float4*>(a.partial) + static_cast<int64_t>(tile) * a.split * kVectors * K::kThreads +
+                  threadIdx.x;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     const float* c = acc[i / K::kColumns][i % K::kColumns];
@@ -254,7 +250,7 @@ __device__ void epilogue(const MmaArgs& a, int first_position, int first_channel
 }
 
 template <class K>
-__global__ void __launch_bounds__(K::kThreads, K::kResident) conv3x3_mma_kernel(const MmaArgs a) {
+__global__ void __launch_bounds__(K::kThreads, K::kTile.resident) conv3x3_mma_kernel(const MmaArgs a) {
   extern __shared__ __align__(16) unsigned char memory[];
   const int part = blockIdx.x % a.split, tile = blockIdx.x / a.split;
   const int first_row = tile % a.columns * K::kBn, first_position = tile / a.columns * K::kPositions;

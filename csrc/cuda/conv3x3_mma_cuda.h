@@ -23,17 +23,21 @@
 
 namespace vgg_fast::cuda {
 
-// What a CTA computes: bm pixels x bn output channels with 32 * warps threads.
+// What a CTA computes: bm pixels x bn output channels; a warp of it units * 16 pixels x columns * 8 channels.
 struct MmaTile {
   const char* name;
-  int bm, bn, warps;
+  int bm, bn, units, columns;
   int resident;  // CTAs that share a multiprocessor
+
+  constexpr int warps_m() const { return bm / (16 * units); }
+  constexpr int warps_n() const { return bn / (8 * columns); }
+  constexpr int warps() const { return warps_m() * warps_n(); }
 };
 
-constexpr MmaTile kMmaTiles[] = {{"256x128", 256, 128, 8, 1}, {"128x64", 128, 64, 4, 3}};
+constexpr MmaTile kMmaTiles[] = {{"256x128", 256, 128, 4, 8, 1}, {"128x64", 128, 64, 4, 4, 3}};
 constexpr int kMmaWeightStages = 4, kMmaHaloStages = 2;
 
-// How a problem is cut; all a launch needs beside the pointers. Printed by describe().
+// How a problem is cut; all a launch needs beside the pointers.
 struct MmaPlan {
   int tile;               // index into kMmaTiles
   int strip, strips;      // columns of a strip, strips of an image
@@ -46,7 +50,7 @@ struct MmaPlan {
   int shared_bytes;       // of a CTA, dynamic
   int64_t partial_bytes;  // of the workspace for partial sums, and of the counters behind them; 0 unless split
   int64_t counter_bytes;
-  double clocks;          // estimated, of an A100; what the choice was made by
+  double clocks;  // estimated, of an A100; what the choice was made by
 };
 
 struct MmaProblem {

@@ -14,9 +14,9 @@ constexpr int kSplits[] = {1, 2, 3, 4, 6, 8, 12, 16};
 // The estimate, in clocks of an A100: what GPU matters little, the choice is among similar kernels.
 constexpr double kMacsPerClock = 1024;  // of a multiprocessor, 16-bit; tf32 has half of the channels in 32 bytes
 constexpr double kL2BytesPerClock = 47;
+constexpr double kMemoryWeight = 0.25;  // assumed: products hide most of what the memories do, not all
 constexpr double kStart = 2500;  // assumed: from a CTA's first instruction to its first product, and its epilogue
 constexpr double kAlone = 1.4;   // assumed: one warp per scheduler waits for its own operands
-constexpr double kL2Weight = 0.1;  // of equal tiles the one that reads less
 
 int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
@@ -33,14 +33,15 @@ int halo_pixels(int positions, int strip, int pairs, int pitch, int pad) {
 }
 
 double chunk_clocks(const MmaTile& tile, int halo) {
-  return tile.bm * tile.bn * 9.0 * 16 / kMacsPerClock +
-         kL2Weight * (9 * 32 * tile.bn + 32 * halo) / kL2BytesPerClock;
+  const double bytes = 9.0 * 32 * tile.bn + 32.0 * halo;
+  const double wavefronts = tile.warps() * 3 * (8 * tile.units + 6 * tile.columns) + bytes / 128;
+  return tile.bm * tile.bn * 9.0 * 16 / kMacsPerClock + kMemoryWeight * (wavefronts + bytes / kL2BytesPerClock);
 }
 
 double estimate(const MmaTile& tile, int64_t tiles, int chunks, int split, int halo, int multiprocessors) {
   const int each = ceil_div(tiles * split, multiprocessors);
   double clocks = chunk_clocks(tile, halo) * ceil_div(chunks, split);
-  if (each == 1 && tile.warps == 4) clocks *= kAlone;
+  if (each == 1 && tile.warps() == 4) clocks *= kAlone;
   if (split > 1) clocks += 2.0 * tile.bm * tile.bn * 4 / kL2BytesPerClock;
   return each * clocks + ceil_div(each, tile.resident) * kStart;
 }

@@ -40,14 +40,14 @@ __device__ inline void ldmatrix_x4(uint32_t (&d)[4], uint32_t shared) {
 template <typename T>
 __device__ inline void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1);
 
-#define VGG_FAST_MMA(T, shape, type)                                                                          \
-  template <>                                                                                                 \
+#define VGG_FAST_MMA(T, shape, type)                                                                            \
+  template <>                                                                                                   \
   __device__ inline void mma<T>(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, \
-                                uint32_t b1) {                                                                \
-    asm volatile("mma.sync.aligned." shape ".row.col.f32." type "." type                                      \
-                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                       \
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                             \
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));                                     \
+                                uint32_t b1) {                                                                  \
+    asm volatile("mma.sync.aligned." shape ".row.col.f32." type "." type                                        \
+                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                         \
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                               \
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));                                       \
   }
 VGG_FAST_MMA(__half, "m16n8k16", "f16")
 VGG_FAST_MMA(__nv_bfloat16, "m16n8k16", "bf16")

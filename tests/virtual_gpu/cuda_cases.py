@@ -73,7 +73,7 @@ def plan(wanted: MmaProblem, multiprocessors: int = A100, tile: int = -1, split:
     return result
 
 
-TRAITS = ("Li0ELi4ELi2ELi4ELi8E", "Li1ELi2ELi2ELi4ELi4E")  # of the tiles, as mangled
+TILES = ("256x128", "128x64")  # kMmaTiles
 
 
 def conv3x3_mma(
@@ -104,7 +104,7 @@ def conv3x3_mma(
     if cut.split > 1:
         scratch["partial"] = torch.full([cut.partial_bytes // 4], float("nan"))
         scratch["arrived"] = torch.zeros(cut.counter_bytes // 4, dtype=torch.int32)
-    name = f"MmaTraitsI{DTYPES[x.dtype][1].removeprefix('I')}{TRAITS[cut.tile]}"
+    name = f"MmaTraitsI{DTYPES[x.dtype][1].removeprefix('I')}Li{cut.tile}E"
     entry = ptx_entry(nvcc_ptx(CUDA / "conv3x3_mma.cu", target), name)
     options |= {"outputs": [*results], "scratch": [*scratch], "shared_bytes": cut.shared_bytes}
     launch(entry, (cut.ctas,), [(MmaArgs, fields | results | scratch)], **options)
