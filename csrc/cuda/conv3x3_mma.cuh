@@ -79,46 +79,69 @@ __device__ int fill_table(const MmaArgs& a, int first_position, int* table) {
   return count;
 }
 
+// One chunk's channels of the tile's halo.
 template <class K>
 __device__ void load_halo(const MmaArgs& a, const int* table, int count, uint32_t stage, int chunk) {
+  constexpr int kEach = K::kThreads / 2;  // pixels at once: two threads to a pixel
   const int half = threadIdx.x % 2, channel = (2 * chunk + half) * K::kUnit;
   const typename K::T* x = static_cast<const typename K::T*>(a.x) + channel;
   stage += half * a.halo * 16;
-#pragma unroll 4
-  for (int i = threadIdx.x / 2; i < count; i += K::kThreads / 2) {
+  const auto copy = [&](int i) {
+    if (i >= count) return;
     const int pixel = table[i];
     const bool inside = pixel >= 0 && channel < a.cin;
     ptx::cp_async(stage + i * 16, inside ? x + static_cast<int64_t>(pixel) * a.cin : a.x, inside ? 16 : 0);
-  }
+  };
+  constexpr int kUsual = 4;  // times kEach pixels are most tiles; without a loop they mix with the products
+#pragma unroll
+  for (int slot = 0; slot < kUsual; ++slot) copy(slot * kEach + threadIdx.x / 2);
+#pragma unroll 1
+  for (int first = kUsual * kEach; first < count; first += kEach) copy(first + threadIdx.x / 2);
 }
 
-// One step's weights: bn rows of each of 6 runs of cout_stored rows.
+// What a thread copies of each step's weights: one row of bn in every kThreads / bn-th of 6 runs of cout_stored rows.
 template <class K>
-__device__ void load_weights(const MmaArgs& a, int first_row, uint32_t stage, int step) {
-#pragma unroll
-  for (int slot = 0; slot < K::kSlots; ++slot) {
-    const int i = slot * K::kThreads + threadIdx.x, run = i / K::kBn, row = first_row + i % K::kBn;
+struct WeightLoader {
+  const char* next;
+  int64_t run;  // bytes
+  int bytes;    // 0 in the columns of a tile that no weights are stored for
+
+  __device__ WeightLoader(const MmaArgs& a, int first_row, int step) {
+    static_assert(K::kThreads % K::kBn == 0);
+    const int row = first_row + threadIdx.x % K::kBn;
     const bool inside = row < a.cout_stored;
-    const int64_t offset = (step * 6 + run) * static_cast<int64_t>(a.cout_stored) + (inside ? row : 0);
-    ptx::cp_async(stage + i * 16, static_cast<const char*>(a.weight) + offset * 16, inside ? 16 : 0);
+    run = a.cout_stored * 16;
+    next = static_cast<const char*>(a.weight) + (step * 6 + threadIdx.x / K::kBn) * run + (inside ? row * 16 : 0);
+    bytes = inside ? 16 : 0;
   }
-}
+
+  __device__ void load(uint32_t stage) {
+#pragma unroll
+    for (int slot = 0; slot < K::kSlots; ++slot)
+      ptx::cp_async(stage + (slot * K::kThreads + threadIdx.x) * 16, next + slot * (K::kThreads / K::kBn) * run, bytes);
+    next += 6 * run;
+  }
+};
 
 // The sums of kernel column kw of a chunk. `units`: where this lane's rows of the units' fragments begin in the stage.
 template <class K>
 __device__ void multiply(const MmaArgs& a, const int (&units)[K::kUnits], uint32_t halo, uint32_t weights,
-                         float (&acc)[K::kUnits][K::kColumns][4]) {
+                         uint32_t zero, float (&acc)[K::kUnits][K::kColumns][4]) {
   constexpr bool kTf32 = sizeof(typename K::T) == 4;
-  uint32_t fragment[K::kUnits][8];  // [row of the halo][half]
+  // Of two halo rows: (upper, lower) x (first half, second half), the operand of mma as it is. Rows 0 and 1 are kh 0,
+  // rows 2 and 3 are kh 2, and kh 1 is made of the middle two.
+  uint32_t rows[K::kUnits][3][4];
 #pragma unroll
   for (int u = 0; u < K::kUnits; ++u) {
 #pragma unroll
-    for (int rows = 0; rows < 2; ++rows) {
-      uint32_t four[4];
-      ptx::ldmatrix_x4(four, halo + units[u] + rows * 2 * a.pitch * 16);
+    for (int kh = 0; kh < 3; kh += 2) {
+      ptx::ldmatrix_x4(rows[u][kh], halo + units[u] + kh * a.pitch * 16);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) fragment[u][4 * rows + i] = kTf32 ? ptx::to_tf32(four[i]) : four[i];
+      for (int i = 0; i < 4; ++i)
+        if (kTf32) rows[u][kh][i] = ptx::to_tf32(rows[u][kh][i]);
     }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) rows[u][1][i] = ptx::kept(rows[u][i % 2 ? 2 : 0][i ^ 1], zero);
   }
 #pragma unroll
   for (int kh = 0; kh < 3; ++kh) {
@@ -127,10 +150,10 @@ __device__ void multiply(const MmaArgs& a, const int (&units)[K::kUnits], uint32
     for (int j = 0; j < K::kColumns / 2; ++j) ptx::ldmatrix_x4(b[j], weights + (kh * 2 * K::kBn + j * 16) * 16);
 #pragma unroll
     for (int u = 0; u < K::kUnits; ++u) {
-      const uint32_t* f = fragment[u] + 2 * kh;
+      const uint32_t* f = rows[u][kh];
 #pragma unroll
       for (int j = 0; j < K::kColumns; ++j)
-        ptx::mma<typename K::T>(acc[u][j], f[0], f[2], f[1], f[3], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+        ptx::mma<typename K::T>(acc[u][j], f[0], f[1], f[2], f[3], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
     }
   }
 }
@@ -270,25 +293,27 @@ __global__ void __launch_bounds__(K::kThreads, K::kTile.resident) conv3x3_mma_ke
 
   const int chunks = (a.cin + 2 * K::kUnit - 1) / (2 * K::kUnit);
   const int begin = chunks * part / a.split, end = chunks * (part + 1) / a.split;
+  WeightLoader<K> loader(a, first_row, 3 * begin);
   load_halo<K>(a, table, count, halo + begin % 2 * halo_stage, begin);
 #pragma unroll
   for (int kw = 0; kw < 3; ++kw) {
-    load_weights<K>(a, first_row, weights + (3 * begin + kw) % kMmaWeightStages * K::kWeightStage, 3 * begin + kw);
+    loader.load(weights + (3 * begin + kw) % kMmaWeightStages * K::kWeightStage);
     ptx::cp_async_commit();
   }
 
-  // This lane's rows of the units' fragments, and of the weights'; lane / 8 is the matrix: half, then row or column.
-  const int half = lane / 8 % 2, other = lane / 16;
+  // This lane's rows of the units' fragments, and of the weights'; lane / 8 is the matrix.
+  const int upper = lane / 8 % 2, later = lane / 16;
   int units[K::kUnits];
   const Place first = place_of(a, first_position);
 #pragma unroll
   for (int u = 0; u < K::kUnits; ++u) {
     const Place place = place_of(a, first_position + (warp_m * K::kUnits + u) * 8 + lane % 8);
     const int pixel = 2 * a.pitch * (place.pair - first.pair) + a.pad * (place.strip - first.strip);
-    units[u] = (half * a.halo + pixel + place.column + other * a.pitch) * 16;
+    units[u] = (later * a.halo + pixel + place.column + upper * a.pitch) * 16;
   }
-  const int row = (half * K::kBn + warp_n * K::kColumns * 8 + other * 8 + lane % 8) * 16;
+  const int row = (upper * K::kBn + warp_n * K::kColumns * 8 + later * 8 + lane % 8) * 16;
 
+  const uint32_t zero = ptx::unknown_zero();
   float acc[K::kUnits][K::kColumns][4] = {};
   for (int chunk = begin; chunk < end; ++chunk) {
 #pragma unroll
@@ -297,12 +322,12 @@ __global__ void __launch_bounds__(K::kThreads, K::kTile.resident) conv3x3_mma_ke
       ptx::cp_async_wait<2>();  // this step has come: the two latest groups are of the next two
       __syncthreads();          // for everybody, and everybody is done with the stages that are filled now
       if (chunk + 1 < end) {
-        load_weights<K>(a, first_row, weights + (step + 3) % kMmaWeightStages * K::kWeightStage, step + 3);
+        loader.load(weights + (step + 3) % kMmaWeightStages * K::kWeightStage);
         if (kw == 0) load_halo<K>(a, table, count, halo + (chunk + 1) % 2 * halo_stage, chunk + 1);
       }
       ptx::cp_async_commit();
       multiply<K>(a, units, halo + chunk % 2 * halo_stage + kw * 16,
-                  weights + step % kMmaWeightStages * K::kWeightStage + row, acc);
+                  weights + step % kMmaWeightStages * K::kWeightStage + row, zero, acc);
     }
   }
 

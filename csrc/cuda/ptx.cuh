@@ -68,4 +68,18 @@ __device__ inline float max_nan(float a, float b) {
   return larger;
 }
 
+// 10.10: a zero that ptxas does not know to be one, in grids of one dimension.
+__device__ inline uint32_t unknown_zero() {
+  uint32_t zero;
+  asm volatile("mov.u32 %0, %%ctaid.z;" : "=r"(zero));
+  return zero;
+}
+
+// value, in a register of its own. A copy would be made again before each use: four moves for each mma whose operand
+// is not four neighbouring registers as they come from ldmatrix.
+__device__ inline uint32_t kept(uint32_t value, uint32_t zero) {
+  asm volatile("or.b32 %0, %0, %1;" : "+r"(value) : "r"(zero));
+  return value;
+}
+
 }  // namespace vgg_fast::cuda::ptx

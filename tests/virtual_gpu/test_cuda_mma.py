@@ -82,7 +82,7 @@ def tf32(t: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT, FLOAT], ids=str)
 @pytest.mark.parametrize("tile", [0, 1], ids=cuda_cases.TILES)
 def test_within_the_bound_and_every_schedule_has_the_same_bits(target: str, tile: int, dtype: torch.dtype) -> None:
-    """Against float64, each epilogue by itself. The operands of tf32 are rounded before, its products are exact then."""
+    """Against float64, each epilogue by itself. Those of tf32 are rounded before: its products are exact then."""
     c = Case(2, 64, 64, 10, 12, dtype, tile, 2)
     x, weight, affine = inputs(c, integers=False)
     operands = (tf32(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), tf32(weight)) if dtype == FLOAT else (x, weight)

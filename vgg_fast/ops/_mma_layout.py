@@ -25,8 +25,8 @@ def shape(cout: int, cin: int, dtype: torch.dtype) -> tuple[int, ...]:
 def pack(weight: Tensor) -> Tensor:
     """``[Cout, Cin, 3, 3]`` laid out; fp32 values are rounded to tf32, to nearest with ties away from zero.
 
-    Row ``8 j + 2 t + e`` of a block of ``4 u`` rows holds output channel ``u t + 2 j + e``. Lane ``t`` of four then ends
-    up with the sums of ``u`` neighbouring channels, its share of ``u / 2`` products.
+    Row ``8 j + 2 t + e`` of a block of ``4 u`` rows holds output channel ``u t + 2 j + e``. Lane ``t`` of four then
+    ends up with the sums of ``u`` neighbouring channels, its share of ``u / 2`` products.
     """
     if weight.dtype == torch.float32:
         cut = ((weight.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
