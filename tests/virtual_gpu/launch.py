@@ -103,9 +103,12 @@ def ptx_entry(source: str | Path, name: str = "") -> Entry:
     return Entry(_code(text, name), text)
 
 
+_parse = functools.lru_cache(maxsize=8)(parse)  # nvcc puts many kernels into one text
+
+
 @functools.lru_cache(maxsize=64)
 def _code(text: str, name: str) -> Code:
-    kernels = parse(text)
+    kernels = _parse(text)
     found = [kernel for full, kernel in kernels.items() if name in full]
     if len(found) != 1:
         raise PtxError(f"{len(found)} entries fit {name!r}; there are: {', '.join(kernels)}")
