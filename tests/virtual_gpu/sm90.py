@@ -46,7 +46,9 @@ def maps(x: Tensor, weight: Tensor) -> tuple[Mapped, Mapped]:
     """Of ``x`` [N, Cin, H, W] channels_last, and of ``weight`` [Cout, 3, 3, Cin]."""
     (n, cin, h, w), cout = x.shape, weight.shape[0]
     cells = x.permute(0, 2, 3, 1).reshape(n, h, w, cin // 8, 8).permute(0, 3, 1, 2, 4)
-    rows = weight.view(cout // 32, 4, 4, 2, 9 * cin).permute(0, 2, 1, 3, 4)  # channel 32 a + 8 t + 2 b + e as [a][b][t][e]
+    rows = weight.view(cout // 32, 4, 4, 2, 9 * cin).permute(
+        0, 2, 1, 3, 4
+    )  # channel 32 a + 8 t + 2 b + e as [a][b][t][e]
     halo = BLOCK + 2
     return (
         Mapped(x, (8, halo, halo, 8, 1), view=cells),
@@ -82,10 +84,10 @@ def conv3x3(
     every = tiles(n, h, w, cout)
     fields: dict[str, Any] = {"affine": affine, "out": out, "tiles": every, "floor": 0.0 if relu else -math.inf}
     fields |= {"n": n, "h": h, "w": w, "cin": cin, "cout": cout, "down": -(-h // BLOCK), "across": -(-w // BLOCK)}
-    whole = (channels_last(n, cout, h, w, dtype=x.dtype),) if tap else ()
-    fields |= {"tap": t for t in whole}
+    whole = channels_last(n, cout, h, w, dtype=x.dtype)
+    fields |= {"tap": whole} if tap else {}
     arguments = [*maps(x, weight), (Problem, fields)]
-    outputs = ["out", *("tap" for _ in whole)]
+    outputs = ["out", "tap"] if tap else ["out"]
     grid = (every if ctas is None else min(every, ctas),)
     launch(change(entry(x.dtype, pool)), grid, arguments, outputs=outputs, shared_bytes=shared_bytes(), **options)
-    return out, *whole
+    return (out, whole) if tap else (out,)
