@@ -121,10 +121,10 @@ def row(**columns: Any) -> Row:
         ({"sm": 120, "shared": 98_304 + 4096}, {"shared": 98_304 + 4096}),
         ({"threads": 256}, {"registers": 200}),
         ({"kernel": "cuda conv3x3", "registers": 172}, {"registers": 172}),
-        ({"kernel": "cuda conv3x3_sm90", "registers": 168, "threads": 384, "k_step": 80.0}, {}),
+        ({"kernel": "cuda conv3x3_sm90", "registers": 168, "threads": 384, "k_step": 67.0}, {}),
         (
-            {"kernel": "cuda conv3x3_sm90", "registers": 176, "threads": 384, "k_step": 101.0},
-            {"registers": 176, "k_step": 101.0},
+            {"kernel": "cuda conv3x3_sm90", "registers": 176, "threads": 384, "k_step": 71.0},
+            {"registers": 176, "k_step": 71.0},
         ),
         ({"loads": {"LDGSTS.128": 15, "LDGSTS.64": 2}}, {"loads": {"LDGSTS.64": 2}}),
         ({"loads": {"LDG.128": 16}}, {"loads": {"LDG.128": 16}}),
