@@ -66,6 +66,9 @@ STABLE_TORCH_LIBRARY_IMPL(vgg_fast, CPU, m) {
   m.impl("batch_moments", TORCH_BOX(&vgg_fast::batch_moments_cpu));
   m.impl("bn_relu_pool_sums", TORCH_BOX(&vgg_fast::bn_relu_pool_sums_cpu));
   m.impl("bn_relu_pool_backward", TORCH_BOX(&vgg_fast::bn_relu_pool_backward_cpu));
+  m.impl("batch_norm_forward", TORCH_BOX(&vgg_fast::batch_norm_forward_cpu));
+  m.impl("batch_norm_backward", TORCH_BOX(&vgg_fast::batch_norm_backward_cpu));
+  m.impl("conv3x3_input_grad", TORCH_BOX(&vgg_fast::conv3x3_input_grad_cpu));
   m.impl("linear", TORCH_BOX(&vgg_fast::linear_cpu));
   m.impl("linear_pack", TORCH_BOX(&vgg_fast::linear_pack_cpu));
   m.impl("conv_stack_taps", TORCH_BOX(&vgg_fast::conv_stack_taps_cpu));

@@ -119,9 +119,12 @@ class Convolution(torch.autograd.Function):
         dx = dw = db = None
         if wanted[0]:
             last = ctx.format or suggests_channels_last(weight)
-            key = task.position, task.kernel, task.dtype
-            packed = _transposed(task.kept, key, [weight], task.kernel, task.dtype)
-            dx = _ops.conv_stack(dz, packed, [_identity(ctx.shape[1])], [Step.NONE], task.kernel, last)
+            if weight.requires_grad:
+                dx = _ops.conv3x3_input_grad(dz, weight.detach().to(task.dtype), task.kernel, last)
+            else:
+                key = task.position, task.kernel, task.dtype
+                packed = _transposed(task.kept, key, [weight], task.kernel, task.dtype)
+                dx = _ops.conv_stack(dz, packed, [_identity(ctx.shape[1])], [Step.NONE], task.kernel, last)
         if wanted[1]:
             dw = _ops.conv3x3_weight_grad(x.contiguous(memory_format=_LAST), dz, weight, task.kernel)
         if wanted[2]:
@@ -158,14 +161,13 @@ def _differentiable_convolution(
 def _transposed(
     kept: dict[Any, Transposed], key: tuple[Any, ...], weights: Sequence[Tensor], kernel: str, dtype: torch.dtype
 ) -> list[Tensor]:
-    """The packed weights of the gradient in x; kept for weights that are not trained."""
+    """The packed weights of the gradient in x, kept for weights that are constants."""
     stamp = *((weight.data_ptr(), weight._version) for weight in weights), _ops.fingerprint(weights)
     known = kept.get(key)
     if known is not None and known.stamp == stamp:
         return known.packed
     packed = [_ops.pack_transposed(weight.detach().to(dtype), kernel) for weight in weights]
-    if not any(weight.requires_grad for weight in weights):
-        kept[key] = Transposed(packed, stamp)
+    kept[key] = Transposed(packed, stamp)
     return packed
 
 
@@ -245,18 +247,11 @@ class Normalisation(torch.autograd.Function):
         channels_last: bool,
     ) -> Tensor:
         ctx.batch = mean is None
-        if mean is None or variance is None:
-            moments = _ops.batch_moments(z)
-            _track(bn, moments, z.numel() // z.shape[1])
-        else:
-            moments = torch.stack([mean, variance]).double()
+        y, ctx.state = _ops.batch_norm_forward(z, weight, bias, mean, variance, bn.eps, relu, pool)
+        if ctx.batch:
+            _track(bn, ctx.state, z.numel() // z.shape[1])
         ctx.eps, ctx.relu, ctx.pool = bn.eps, relu, pool
-        ctx.mean, ctx.invstd = moments[0], torch.rsqrt(moments[1] + bn.eps)
-        ctx.scale = ctx.invstd if weight is None else ctx.invstd * weight
-        shift = -ctx.mean * ctx.scale
-        ctx.affine = torch.stack([ctx.scale, shift if bias is None else shift + bias]).float()
         ctx.save_for_backward(z, weight, bias, mean, variance)
-        y = _ops.bn_relu_pool(z, ctx.affine, relu, pool)
         return y if channels_last else y.contiguous()
 
     @staticmethod
@@ -267,20 +262,8 @@ class Normalisation(torch.autograd.Function):
         if torch.is_grad_enabled():
             return (*_differentiable_norm(ctx, grad, (z, weight, bias), mean, variance, wanted), *nothing)
         grad = grad.contiguous(memory_format=_LAST)
-        dz = dw = db = centre = None
-        if ctx.batch or wanted[1] or wanted[2]:
-            centre = ctx.mean.float()[None]
-            sums = _ops.bn_relu_pool_sums(grad, z, ctx.affine, centre, ctx.relu, ctx.pool)
-            dw = None if weight is None else (sums[1] * ctx.invstd).to(weight.dtype)
-            db = None if bias is None else sums[0].to(bias.dtype)
-        if wanted[0]:
-            slope_offset = None
-            if ctx.batch:
-                means = sums / (z.numel() // z.shape[1])
-                slope = -ctx.scale * ctx.invstd.square() * means[1]
-                slope_offset = torch.stack([ctx.mean, slope, -ctx.scale * means[0]]).float()
-            factor = ctx.affine[:1]
-            dz = _ops.bn_relu_pool_backward(grad, z, ctx.affine, factor, slope_offset, ctx.relu, ctx.pool)
+        dz, sums = _ops.batch_norm_backward(grad, z, ctx.state, ctx.batch, ctx.relu, ctx.pool)
+        dw, db = (None if v is None else g.to(v.dtype) for v, g in zip((weight, bias), sums, strict=True))
         grads = (g if want else None for g, want in zip((dz, dw, db), wanted, strict=True))
         return (*grads, *nothing)
 
@@ -303,7 +286,7 @@ def _differentiable_norm(
     return tuple(next(grads) if want else None for want in wanted)
 
 
-def _track(bn: nn.BatchNorm2d, moments: Tensor, count: int) -> None:
+def _track(bn: nn.BatchNorm2d, state: Tensor, count: int) -> None:
     """What ``nn.BatchNorm2d.forward`` does to its buffers in training."""
     if not (bn.training and bn.track_running_stats):
         return
@@ -312,8 +295,8 @@ def _track(bn: nn.BatchNorm2d, moments: Tensor, count: int) -> None:
         bn.num_batches_tracked.add_(1)
         if bn.momentum is None:
             momentum = 1.0 / float(bn.num_batches_tracked)
-    unbiased = moments[1] * (count / (count - 1))
-    for running, now in ((bn.running_mean, moments[0]), (bn.running_var, unbiased)):
+    unbiased = (state[1].pow(-2) - bn.eps) * (count / (count - 1))
+    for running, now in ((bn.running_mean, state[0]), (bn.running_var, unbiased)):
         if running is not None:
             # .data: PyTorch, too, leaves the version counter alone, so that an earlier graph may still be used.
             running.data.mul_(1 - momentum).add_(now.to(running.dtype), alpha=momentum)

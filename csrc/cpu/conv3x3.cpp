@@ -1,4 +1,5 @@
 // conv3x3 with plain weights: pack, then a stack of one layer. Also what the Torch-facing files share.
+#include "convert.h"
 #include "torch_cpu.h"
 
 namespace vgg_fast {
@@ -14,6 +15,27 @@ DType dtype_of(const Tensor& tensor, const char* what) {
     default:
       STD_TORCH_CHECK(false, what, " must be float32, bfloat16 or float16");
   }
+}
+
+// The vector in float64; `otherwise` where there is none.
+std::vector<double> read_vector(const std::optional<Tensor>& tensor, int64_t n, double otherwise, const char* what) {
+  std::vector<double> values(n, otherwise);
+  if (!tensor) return values;
+  STD_TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == n && tensor->is_cpu(), what, " must be a CPU tensor of ", n,
+                  " elements");
+  const int64_t stride = tensor->stride(0);
+  const void* data = tensor->const_data_ptr();
+  if (tensor->scalar_type() == ScalarType::Double) {
+    for (int64_t i = 0; i < n; ++i) values[i] = static_cast<const double*>(data)[i * stride];
+    return values;
+  }
+  const DType dtype = dtype_of(*tensor, what);
+  for (int64_t i = 0; i < n; ++i) {
+    values[i] = dtype == DType::f32    ? static_cast<const float*>(data)[i * stride]
+                : dtype == DType::bf16 ? bf16_to_float(static_cast<const uint16_t*>(data)[i * stride])
+                                       : f16_to_float(static_cast<const uint16_t*>(data)[i * stride]);
+  }
+  return values;
 }
 
 bool suggests_channels_last(const Tensor& tensor) {

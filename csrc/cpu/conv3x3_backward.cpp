@@ -1,15 +1,9 @@
 // conv3x3_weight_grad: see vgg_fast/ops/conv3x3_weight_grad.py and weight_grad.h.
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include "batch_norm.h"
 #include "denormals.h"
+#include "kept_memory.h"
 #include "torch_cpu.h"
 #include "weight_grad.h"
 #include "winograd.h"
@@ -40,40 +34,11 @@ void parallel(int64_t units, const Body& body) {
   });
 }
 
-// Memory of this thread, kept between calls because fresh pages cost a fault each, and in huge pages where the system
-// has them: the 36 planes of a tile lie in as many small ones, more than the processor keeps track of.
-char* kept(int64_t which, int64_t bytes) {
-  constexpr int64_t kHugePage = 1 << 21;
-  struct Free {
-    void operator()(char* p) const { std::free(p); }
-  };
-  thread_local std::unique_ptr<char, Free> memory[4];
-  thread_local int64_t sizes[4] = {};
-  if (sizes[which] < bytes) {
-    memory[which].reset();
-    const int64_t size = ceil_div(bytes, kHugePage) * kHugePage;
-    memory[which].reset(static_cast<char*>(std::aligned_alloc(kHugePage, size)));
-    STD_TORCH_CHECK(memory[which] != nullptr, "conv3x3_weight_grad: no memory for a workspace of ", size, " bytes");
-#if defined(__linux__)
-    madvise(memory[which].get(), size, MADV_HUGEPAGE);
-#endif
-    sizes[which] = size;
-  }
-  return memory[which].get();
+float* scratch(int64_t floats) {
+  return reinterpret_cast<float*>(kept(Kept::scratch, floats * int64_t{sizeof(float)}));
 }
 
-float* scratch(int64_t floats) { return reinterpret_cast<float*>(kept(0, floats * int64_t{sizeof(float)})); }
-
-// The calling thread's, by number.
-class Buffer {
- public:
-  Buffer(int64_t which, int64_t bytes) : data_(kept(which, bytes)) {}
-  char* bytes() const { return data_; }
-  float* floats() const { return reinterpret_cast<float*>(data_); }
-
- private:
-  char* data_;
-};
+float* floats(char* bytes) { return reinterpret_cast<float*>(bytes); }
 
 // The sums of weight_grad.h.
 struct Sums {
@@ -164,7 +129,8 @@ bool run_winograd(const WeightGradArgs& a, const WeightGradF32& isa, const Tenso
   const Sums s(band, kWinogradBlock, kWinogradBlock, a);
   // Sums that are complete when a unit is done need not be kept.
   const bool at_once = chunks == 1;
-  const Buffer operands(1, band * chunk_floats * int64_t{sizeof(float)}), sums(2, at_once ? 0 : s.bytes());
+  float* const operands = floats(kept(Kept::x, band * chunk_floats * int64_t{sizeof(float)}));
+  float* const sums = floats(kept(Kept::sums, at_once ? 0 : s.bytes()));
   Writer writer(s, a, dw, type);
   const int64_t m_plane = kWinogradBlock * kWinogradBlock + kSkew;
   for (int64_t first = 0; first < chunks; first += band) {
@@ -172,7 +138,7 @@ bool run_winograd(const WeightGradArgs& a, const WeightGradF32& isa, const Tenso
     parallel(count * blocks, [&](int64_t unit) {
       const int64_t chunk = unit / blocks, block = unit % blocks, begin = (first + chunk) * kChunkTiles;
       const int64_t end = std::min(begin + kChunkTiles, tiles);
-      float* out = operands.floats() + chunk * chunk_floats + block * block_floats;
+      float* out = operands + chunk * chunk_floats + block * block_floats;
       if (block < blocks_x) {
         isa.transform_x(a, block * kVector, begin, end, out, plane);
       } else {
@@ -185,11 +151,10 @@ bool run_winograd(const WeightGradArgs& a, const WeightGradF32& isa, const Tenso
       const int64_t ins = std::min(kWinogradBlock, a.cin - in), outs = std::min(kWinogradBlock, a.cout - out);
       const int64_t k = std::min(kChunkTiles, tiles - (first + chunk) * kChunkTiles);
       float* m = scratch(kPlanes * m_plane + s.block_floats());
-      float* total = at_once ? m + kPlanes * m_plane : sums.floats() + unit * s.block_floats();
+      float* total = at_once ? m + kPlanes * m_plane : sums + unit * s.block_floats();
       for (int64_t xi = 0; xi < kPlanes; ++xi) {
-        const float* v = operands.floats() + chunk * chunk_floats + xi * plane + in / kVector * block_floats;
-        const float* w =
-            operands.floats() + chunk * chunk_floats + xi * plane + (blocks_x + out / kVector) * block_floats;
+        const float* v = operands + chunk * chunk_floats + xi * plane + in / kVector * block_floats;
+        const float* w = operands + chunk * chunk_floats + xi * plane + (blocks_x + out / kVector) * block_floats;
         // Each call fetches half a block of the next plane: they come from far away, and in pieces too short for the
         // processor to foresee.
         const int64_t half = block_floats / 2, halves = 2 * ins / kVector;
@@ -210,7 +175,7 @@ bool run_winograd(const WeightGradArgs& a, const WeightGradF32& isa, const Tenso
       if (at_once) writer.write(block, total);
     });
   }
-  if (!at_once) writer.reduce(sums.floats());
+  if (!at_once) writer.reduce(sums);
   return writer.finite();
 }
 
@@ -219,7 +184,9 @@ void run_direct(const WeightGradArgs& a, const WeightGradF32& isa, const Tensor&
   const int64_t size = element_size(a.type), pitch = (a.w + 2) * kVector, plane = (a.h + 2) * pitch;
   const int64_t rows = std::max(ceil_div(kDirectPixels, a.w), ceil_div(a.h, kDirectSlots));
   const Sums s(ceil_div(a.h, rows), kDirectIn, kDirectOut, a);
-  const Buffer x(1, map_bytes(s.blocks_in, a.h, a.w)), dy(3, map_bytes(2 * s.blocks_out, a.h, a.w)), sums(2, s.bytes());
+  char* const x = kept(Kept::x, map_bytes(s.blocks_in, a.h, a.w));
+  char* const dy = kept(Kept::dy, map_bytes(2 * s.blocks_out, a.h, a.w));
+  float* const sums = floats(kept(Kept::sums, s.bytes()));
   for (int64_t image = 0; image < a.n; ++image) {
     const auto source = [&](const char* maps, int64_t c) {
       char* data = const_cast<char*>(maps) + image * a.h * a.w * c * size;
@@ -228,7 +195,7 @@ void run_direct(const WeightGradArgs& a, const WeightGradF32& isa, const Tensor&
     const Image from[2] = {source(a.x, a.cin), source(a.dy, a.cout)};
     parallel(2 * (a.h + 2), [&](int64_t unit) {
       const int64_t which = unit % 2, row = unit / 2;
-      char* map = which == 0 ? x.bytes() : dy.bytes();
+      char* map = which == 0 ? x : dy;
       pack_row(from[which], layout, row, map + row * pitch * 4, plane * 4);
     });
     parallel(s.units(), [&](int64_t unit) {
@@ -239,20 +206,20 @@ void run_direct(const WeightGradArgs& a, const WeightGradF32& isa, const Tensor&
       const int64_t begin = slot * rows, end = std::min(begin + rows, a.h);
       alignas(64) float m[kTaps * kDirectIn * kDirectOut] = {};
       for (int64_t row = begin; row < end; ++row) {
-        const float* w = dy.floats() + out * plane + (row + 1) * pitch + kVector;
+        const float* w = floats(dy) + out * plane + (row + 1) * pitch + kVector;
         for (int64_t tap = 0; tap < kTaps; ++tap) {
-          const float* v = x.floats() + in * plane + (row + tap / 3) * pitch + tap % 3 * kVector;
+          const float* v = floats(x) + in * plane + (row + tap / 3) * pitch + tap % 3 * kVector;
           for (int64_t i = 0; i < ins; i += isa.rows) {
             isa.outer(v + i, ins - i, w, plane, outs, a.w, row == begin, m + (i * kTaps + tap) * kDirectOut,
                       kTaps * kDirectOut, v);
           }
         }
       }
-      float* total = sums.floats() + unit * s.block_floats();
+      float* total = sums + unit * s.block_floats();
       for (int64_t i = 0; i < s.block_floats(); ++i) total[i] = image == 0 ? m[i] : total[i] + m[i];
     });
   }
-  Writer(s, a, dw, type).reduce(sums.floats());
+  Writer(s, a, dw, type).reduce(sums);
 }
 
 #if defined(__x86_64__)
@@ -262,28 +229,29 @@ bool run_amx(const WeightGradArgs& a, const Tensor& dw, DType type) {
   const int64_t blocks = ceil_div(a.cin, kAmxBlock) * ceil_div(a.cout, kAmxBlock);
   const Sums s(std::clamp(kAmxUnits / blocks, int64_t{1}, chunks), kAmxBlock, kAmxBlock, a);
   const bool at_once = s.slots == 1;
-  const Buffer x(1, a.n * plan.x_image), dy(3, a.n * plan.dy_image), sums(2, at_once ? 0 : s.bytes());
+  char* const x = kept(Kept::x, a.n * plan.x_image);
+  char* const dy = kept(Kept::dy, a.n * plan.dy_image);
+  float* const sums = floats(kept(Kept::sums, at_once ? 0 : s.bytes()));
   Writer writer(s, a, dw, type);
   const int64_t halves_x = s.blocks_in * 2, halves = halves_x + s.blocks_out * 2;
   parallel(a.n * halves, [&](int64_t unit) {
     const int64_t image = unit / halves, half = unit % halves, channel = half < halves_x ? half : half - halves_x;
     if (half < halves_x) {
       weight_grad_pack_x_amx(a, plan, image, channel * kVector,
-                             x.bytes() + image * plan.x_image + channel * kVector * plan.x_row_bytes);
+                             x + image * plan.x_image + channel * kVector * plan.x_row_bytes);
     } else {
-      weight_grad_pack_dy_amx(a, plan, image, channel * kVector,
-                              dy.bytes() + image * plan.dy_image + channel * plan.dy_block);
+      weight_grad_pack_dy_amx(a, plan, image, channel * kVector, dy + image * plan.dy_image + channel * plan.dy_block);
     }
   });
   parallel(s.units(), [&](int64_t unit) {
     const int64_t slot = unit / s.blocks(), block = unit % s.blocks();
-    float* total = at_once ? scratch(s.block_floats()) : sums.floats() + unit * s.block_floats();
-    weight_grad_amx(plan, x.bytes() + block / s.blocks_out * kAmxBlock * plan.x_row_bytes,
-                    dy.bytes() + block % s.blocks_out * 2 * plan.dy_block, slot * chunks / s.slots,
+    float* total = at_once ? scratch(s.block_floats()) : sums + unit * s.block_floats();
+    weight_grad_amx(plan, x + block / s.blocks_out * kAmxBlock * plan.x_row_bytes,
+                    dy + block % s.blocks_out * 2 * plan.dy_block, slot * chunks / s.slots,
                     (slot + 1) * chunks / s.slots, total);
     if (at_once) writer.write(block, total);
   });
-  if (!at_once) writer.reduce(sums.floats());
+  if (!at_once) writer.reduce(sums);
   return writer.finite();
 }
 #else

@@ -221,4 +221,29 @@ Tensor conv_stack_backward_cpu(const Tensor& dy, const std::vector<Tensor>& weig
   return dx;
 }
 
+Tensor conv3x3_input_grad_cpu(const Tensor& dy, const Tensor& weight, const std::string& kernel_name,
+                              bool channels_last) {
+  const DType dtype = dtype_of(dy, "conv3x3_input_grad: dy");
+  STD_TORCH_CHECK(
+      dy.dim() == 4 && weight.dim() == 4 && weight.size(0) == dy.size(1) && weight.scalar_type() == dy.scalar_type(),
+      "conv3x3_input_grad: dy must be [N, Cout, H, W] and weight [Cout, Cin, 3, 3] of the same dtype");
+  const MicroKernel& kernel = find_microkernel(kernel_name, dtype, Precision::highest, cpu_flags());
+  const int64_t n = dy.size(0), threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+  Layer layer{};
+  layer.weight = pack_transposed_kept(weight, kernel);
+  layer.cin = weight.size(0);
+  layer.cout = weight.size(1);
+  layer.h = dy.size(2);
+  layer.w = dy.size(3);
+  const int64_t lanes = kernel.groups(layer.cout) * kernel.group;
+  layer.affine.assign(2 * lanes, 0.0f);
+  std::fill_n(layer.affine.begin(), layer.cout, 1.0f);
+  Tensor dx = empty_image(dy, n, layer.cout, layer.h, layer.w, channels_last);
+  const Stack stack(kernel, dtype, {layer}, channels_last, threads);
+  run_images(stack, n, threads, dy, [&](int64_t image) {
+    return std::pair(image_of(dy, dtype, image), Results{{}, image_of(dx, dtype, image), {}, {}});
+  });
+  return dx;
+}
+
 }  // namespace vgg_fast

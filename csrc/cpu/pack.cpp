@@ -3,31 +3,11 @@
 
 #include "convert.h"
 #include "denormals.h"
+#include "kept_memory.h"
 #include "torch_cpu.h"
 
 namespace vgg_fast {
 namespace {
-
-// The vector in float64; `otherwise` where there is none.
-std::vector<double> read_vector(const std::optional<Tensor>& tensor, int64_t n, double otherwise, const char* what) {
-  std::vector<double> values(n, otherwise);
-  if (!tensor) return values;
-  STD_TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == n && tensor->is_cpu(), "pack: ", what,
-                  " must be a CPU tensor of ", n, " elements");
-  const int64_t stride = tensor->stride(0);
-  const void* data = tensor->const_data_ptr();
-  if (tensor->scalar_type() == ScalarType::Double) {
-    for (int64_t i = 0; i < n; ++i) values[i] = static_cast<const double*>(data)[i * stride];
-    return values;
-  }
-  const DType dtype = dtype_of(*tensor, what);
-  for (int64_t i = 0; i < n; ++i) {
-    values[i] = dtype == DType::f32    ? static_cast<const float*>(data)[i * stride]
-                : dtype == DType::bf16 ? bf16_to_float(static_cast<const uint16_t*>(data)[i * stride])
-                                       : f16_to_float(static_cast<const uint16_t*>(data)[i * stride]);
-  }
-  return values;
-}
 
 void check_weight(const Tensor& weight, const char* what) {
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3, what,
@@ -36,16 +16,32 @@ void check_weight(const Tensor& weight, const char* what) {
                   weight.size(1), ", 3, 3]");
 }
 
-Tensor packed_weight(const Weight& plain, const MicroKernel& kernel, const Tensor& like) {
-  const int64_t size = kernel.weight_words(plain.cout, plain.cin);
-  const Tensor packed = torch::stable::empty({size}, ScalarType::Int, std::nullopt, like.device());
-  uint32_t* words = static_cast<uint32_t*>(packed.mutable_data_ptr());
+void pack_words(const Weight& plain, const MicroKernel& kernel, uint32_t* words) {
   const Passes& passes = select_passes(cpu_flags());
   torch::stable::parallel_for(0, weight_units(plain, kernel), 1, [&](int64_t begin, int64_t end) {
     const FlushDenormals mode;
     for (int64_t unit = begin; unit < end; ++unit) pack_weight_unit(plain, kernel, passes, words, unit);
   });
+}
+
+Tensor packed_weight(const Weight& plain, const MicroKernel& kernel, const Tensor& like) {
+  const int64_t size = kernel.weight_words(plain.cout, plain.cin);
+  const Tensor packed = torch::stable::empty({size}, ScalarType::Int, std::nullopt, like.device());
+  pack_words(plain, kernel, static_cast<uint32_t*>(packed.mutable_data_ptr()));
   return packed;
+}
+
+// Cin and Cout change places, and the taps go backwards, from the last one. sign: ones, [Cin].
+Weight turned(const Tensor& weight, const char* what, const float* sign) {
+  check_weight(weight, what);
+  const DType dtype = dtype_of(weight, what);
+  const int64_t last = 2 * (weight.stride(2) + weight.stride(3));
+  return {static_cast<const char*>(weight.const_data_ptr()) + last * element_size(dtype),
+          dtype,
+          weight.size(1),
+          weight.size(0),
+          {weight.stride(1), weight.stride(0), -weight.stride(2), -weight.stride(3)},
+          sign};
 }
 
 }  // namespace
@@ -60,11 +56,11 @@ std::tuple<Tensor, Tensor> pack_cpu(const Tensor& weight, const std::optional<Te
   const DType dtype = dtype_of(weight, "pack: weight");
   const MicroKernel& kernel = find_microkernel(kernel_name, dtype, Precision::highest, cpu_flags());
 
-  const std::vector<double> mean = read_vector(bn_mean, cout, 0, "bn_mean");
-  const std::vector<double> var = read_vector(bn_var, cout, 1, "bn_var");
-  const std::vector<double> gamma = read_vector(bn_weight, cout, 1, "bn_weight");
-  const std::vector<double> beta = read_vector(bn_bias, cout, 0, "bn_bias");
-  const std::vector<double> offset = read_vector(bias, cout, 0, "bias");
+  const std::vector<double> mean = read_vector(bn_mean, cout, 0, "pack: bn_mean");
+  const std::vector<double> var = read_vector(bn_var, cout, 1, "pack: bn_var");
+  const std::vector<double> gamma = read_vector(bn_weight, cout, 1, "pack: bn_weight");
+  const std::vector<double> beta = read_vector(bn_bias, cout, 0, "pack: bn_bias");
+  const std::vector<double> offset = read_vector(bias, cout, 0, "pack: bias");
   const Tensor affine = torch::stable::empty({2, cout}, ScalarType::Float, std::nullopt, weight.device());
   float* vectors = static_cast<float*>(affine.mutable_data_ptr());
   std::vector<float> sign(cout);
@@ -81,19 +77,17 @@ std::tuple<Tensor, Tensor> pack_cpu(const Tensor& weight, const std::optional<Te
 }
 
 Tensor pack_transposed_cpu(const Tensor& weight, const std::string& kernel_name) {
-  check_weight(weight, "pack_transposed");
-  const DType dtype = dtype_of(weight, "pack_transposed: weight");
-  const MicroKernel& kernel = find_microkernel(kernel_name, dtype, Precision::highest, cpu_flags());
   const std::vector<float> sign(weight.size(1), 1.0f);
-  // Taps backwards, from the last one.
-  const int64_t last = 2 * (weight.stride(2) + weight.stride(3));
-  const Weight turned{static_cast<const char*>(weight.const_data_ptr()) + last * element_size(dtype),
-                      dtype,
-                      weight.size(1),
-                      weight.size(0),
-                      {weight.stride(1), weight.stride(0), -weight.stride(2), -weight.stride(3)},
-                      sign.data()};
-  return packed_weight(turned, kernel, weight);
+  const Weight plain = turned(weight, "pack_transposed: weight", sign.data());
+  return packed_weight(plain, find_microkernel(kernel_name, plain.dtype, Precision::highest, cpu_flags()), weight);
+}
+
+const uint32_t* pack_transposed_kept(const Tensor& weight, const MicroKernel& kernel) {
+  const std::vector<float> sign(weight.size(1), 1.0f);
+  const Weight plain = turned(weight, "conv3x3_input_grad: weight", sign.data());
+  auto* words = reinterpret_cast<uint32_t*>(kept(Kept::weight, kernel.weight_words(plain.cout, plain.cin) * 4));
+  pack_words(plain, kernel, words);
+  return words;
 }
 
 }  // namespace vgg_fast

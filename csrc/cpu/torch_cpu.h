@@ -34,6 +34,13 @@ Tensor bn_relu_pool_sums_cpu(const Tensor& dy, const Tensor& z, const Tensor& af
                              bool pool);
 Tensor bn_relu_pool_backward_cpu(const Tensor& dy, const Tensor& z, const Tensor& affine, const Tensor& factor,
                                  const std::optional<Tensor>& centre, bool relu, bool pool);
+std::tuple<Tensor, Tensor> batch_norm_forward_cpu(const Tensor& z, const std::optional<Tensor>& weight,
+                                                  const std::optional<Tensor>& bias, const std::optional<Tensor>& mean,
+                                                  const std::optional<Tensor>& variance, double eps, bool relu,
+                                                  bool pool);
+std::tuple<Tensor, Tensor> batch_norm_backward_cpu(const Tensor& dy, const Tensor& z, const Tensor& state, bool batch,
+                                                   bool relu, bool pool);
+Tensor conv3x3_input_grad_cpu(const Tensor& dy, const Tensor& weight, const std::string& kernel, bool channels_last);
 std::string cpu_passes();
 Tensor conv3x3_weight_grad_cpu(const Tensor& x, const Tensor& dy, const Tensor& weight, const std::string& kernel);
 std::string cpu_weight_grad(const std::string& kernel, const std::string& dtype, int64_t n, int64_t cin, int64_t cout,
@@ -58,6 +65,12 @@ int64_t fingerprint_cpu(const std::vector<Tensor>& tensors);
 
 // The dtype, or an error that names `what` and the dtypes there are.
 DType dtype_of(const Tensor& tensor, const char* what);
+
+// The vector [n] of any of these dtypes (or float64) in float64; `otherwise` where there is none.
+std::vector<double> read_vector(const std::optional<Tensor>& tensor, int64_t n, double otherwise, const char* what);
+
+// The transposed pack in memory of this thread, until the next call.
+const uint32_t* pack_transposed_kept(const Tensor& weight, const MicroKernel& kernel);
 
 // PyTorch's Tensor::suggest_memory_format() == ChannelsLast, read off the strides.
 bool suggests_channels_last(const Tensor& tensor);

@@ -9,6 +9,7 @@ from vgg_fast.ops import (
     _cpu,
     batch_norm,
     conv3x3,
+    conv3x3_input_grad,
     conv3x3_weight_grad,
     conv_stack,
     conv_stack_backward,
@@ -23,6 +24,7 @@ library.missing("_C")
 for _op in (
     batch_norm,
     conv3x3,
+    conv3x3_input_grad,
     conv3x3_weight_grad,
     conv_stack,
     conv_stack_backward,
@@ -37,6 +39,7 @@ __all__ = [
     "_cpu",
     "batch_norm",
     "conv3x3",
+    "conv3x3_input_grad",
     "conv3x3_weight_grad",
     "conv_stack",
     "conv_stack_backward",

@@ -10,6 +10,11 @@ needs z and nothing else: the ReLU's mask and the pool's choice (of equals the f
 with g = dy where it came from, else 0; ``factor`` is fp32 ``[1, C]``, ``centre`` fp32 ``[3, C]`` (mean, slope, offset)
 or None. ``batch_moments(z)`` are mean and biased variance of every channel, ``bn_relu_pool_sums`` the sums of g and of
 ``g * (z - mean)``; both are float64 ``[2, C]``. All of them give the same bits for any number of threads.
+
+``batch_norm_forward`` and ``batch_norm_backward`` are a batch norm with what follows it, made of these: the first
+returns y and a state, float64 ``[4, C]`` (mean, ``1 / sqrt(variance + eps)``, scale, shift), of the batch's statistics
+unless ``mean`` and ``variance`` are given; the second dz, and float64 ``[2, C]``: the gradients of weight and bias.
+``batch`` says that the statistics were the batch's, so that dz goes through them, too.
 """
 
 from __future__ import annotations
@@ -36,6 +41,19 @@ define(
 )
 
 
+define(
+    "vgg_fast::batch_norm_forward",
+    "(Tensor z, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? variance, float eps, bool relu, bool pool) "
+    "-> (Tensor, Tensor)",
+    tags=_TAGS,
+)
+define(
+    "vgg_fast::batch_norm_backward",
+    "(Tensor dy, Tensor z, Tensor state, bool batch, bool relu, bool pool) -> (Tensor, Tensor)",
+    tags=_TAGS,
+)
+
+
 @register_fake("vgg_fast::bn_relu_pool")
 def _fake_value(z: Tensor, affine: Tensor, relu: bool, pool: bool) -> Tensor:
     height, width = (z.shape[2] // 2, z.shape[3] // 2) if pool else z.shape[2:]
@@ -57,6 +75,25 @@ def _fake_gradient(
     dy: Tensor, z: Tensor, affine: Tensor, factor: Tensor, centre: Tensor | None, relu: bool, pool: bool
 ) -> Tensor:
     return empty_image(z, z.shape[1], z.shape[2], z.shape[3], channels_last=True)
+
+
+@register_fake("vgg_fast::batch_norm_forward")
+def _fake_forward(
+    z: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    eps: float,
+    relu: bool,
+    pool: bool,
+) -> tuple[Tensor, Tensor]:
+    return _fake_value(z, z, relu, pool), z.new_empty((4, z.shape[1]), dtype=torch.float64)
+
+
+@register_fake("vgg_fast::batch_norm_backward")
+def _fake_backward(dy: Tensor, z: Tensor, state: Tensor, batch: bool, relu: bool, pool: bool) -> tuple[Tensor, Tensor]:
+    return _fake_gradient(dy, z, state, state, None, relu, pool), _fake_moments(z)
 
 
 def _before_pool(z: Tensor, affine: Tensor, relu: bool) -> Tensor:
@@ -101,6 +138,35 @@ def _gradient(
     return dz.to(z.dtype).contiguous(memory_format=torch.channels_last)
 
 
+def _forward(
+    z: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    eps: float,
+    relu: bool,
+    pool: bool,
+) -> tuple[Tensor, Tensor]:
+    moments = _moments(z) if mean is None or variance is None else torch.stack([mean, variance]).double()
+    invstd = torch.rsqrt(moments[1] + eps)
+    scale = invstd if weight is None else invstd * weight.double()
+    shift = -moments[0] * scale
+    shift = shift if bias is None else shift + bias.double()
+    state = torch.stack([moments[0], invstd, scale, shift])
+    return _value(z, state[2:].float(), relu, pool), state
+
+
+def _backward(dy: Tensor, z: Tensor, state: Tensor, batch: bool, relu: bool, pool: bool) -> tuple[Tensor, Tensor]:
+    mean, invstd, scale, _ = state
+    affine = state[2:].float()
+    sums = _sums(dy, z, affine, mean.float()[None], relu, pool)
+    count = z.numel() // z.shape[1]
+    centre = torch.stack([mean, -scale * invstd.square() * sums[1] / count, -scale * sums[0] / count]).float()
+    dz = _gradient(dy, z, affine, affine[:1], centre if batch else None, relu, pool)
+    return dz, torch.stack([sums[1] * invstd, sums[0]])
+
+
 def register(keys: list[str]) -> None:
     """Puts the Python implementations behind these dispatch keys."""
     for key in keys:
@@ -108,3 +174,5 @@ def register(keys: list[str]) -> None:
         impl("vgg_fast::batch_moments", key)(_moments)
         impl("vgg_fast::bn_relu_pool_sums", key)(_sums)
         impl("vgg_fast::bn_relu_pool_backward", key)(_gradient)
+        impl("vgg_fast::batch_norm_forward", key)(_forward)
+        impl("vgg_fast::batch_norm_backward", key)(_backward)
