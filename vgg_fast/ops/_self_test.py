@@ -67,8 +67,8 @@ def require(kernel: str, dtype: torch.dtype, device: torch.device, run: Run) -> 
 
 def failure(kernel: str, dtype: torch.dtype, device: torch.device, run: Run) -> str | None:
     """How a kernel fails the test, or None; arguments as for :func:`require`."""
-    # The values must not become inference tensors, be traced or be cast, whatever the first caller is doing.
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+    # Whatever mode the first caller is in.
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False), torch.device("cpu"):
         x, weights, affines = _inputs(dtype)
         expected = reference.conv_stack_taps(x.double(), [w.double() for w in weights], affines, PROGRAM)
         packed = [w.permute(0, 2, 3, 1).contiguous().to(device) for w in weights]
