@@ -113,9 +113,9 @@ def launch_of(
         raise ValueError(f"conv3x3 (triton): precision {precision!r} is for fp32 tensors, x is {dtype}")
     if tap and not pool:
         raise ValueError("conv3x3 (triton): a tap is the value before the pool, and there is no pool")
-    c = config or configs.config(name, n, h, w, cin, cout, pool, architecture)
+    c = config or configs.config(name, n, h, w, cin, cout, pool, architecture, tap)
     out_size = (n, cout, h // 2, w // 2) if pool else (n, cout, h, w)
-    rows = n * ((h + tap) // 2) * ((w + tap) // 2) * 4 if pool else n * h * w
+    rows = configs.rows_of(n, h, w, pool, tap)
     tiles = triton.cdiv(rows, c.bm) * triton.cdiv(cout, c.bn)
     largest = max(n * h * w * cin, rows * cout, 9 * cin * cout)
     options = {
@@ -155,18 +155,19 @@ def architecture_of(device: torch.device) -> Architecture:
     return Architecture(10 * properties.major + properties.minor, properties.multi_processor_count)
 
 
-@triton.jit(do_not_specialize=["N", "H", "W"])
+@triton.jit(do_not_specialize=["N", "H", "W", "SPLIT"])
 def _conv3x3_kernel(
     x_ptr,  # [N, H, W, CI]
     weight_ptr,  # [CO, 3, 3, CI]
     affine_ptr,  # [2, CO] fp32: scale >= 0, shift
     out_ptr,  # [N, H, W, CO], or [N, H // 2, W // 2, CO] with POOL
     tap_ptr,  # [N, H, W, CO] with TAP, else None
-    partials_ptr,  # [tiles, SPLIT, BM, BN] fp32 with SPLIT > 1, else None
-    counters_ptr,  # [tiles] int32 with SPLIT > 1, else None: zero before the launch and after it
+    partials_ptr,  # [tiles, SPLIT, BM, BN] fp32, or None
+    counters_ptr,  # [tiles] int32, zero before the launch and after it, or None
     N,
     H,
     W,
+    SPLIT,  # programs that share the sum of a tile; read only where there are partials
     CI: tl.constexpr,
     CO: tl.constexpr,
     RELU: tl.constexpr,
@@ -175,7 +176,6 @@ def _conv3x3_kernel(
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,  # a tensor has 2^31 elements or more
     UPCAST: tl.constexpr,  # in the interpreter only
-    SPLIT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -183,8 +183,14 @@ def _conv3x3_kernel(
     COLUMNS: tl.constexpr = (CO + BN - 1) // BN
     STEPS: tl.constexpr = (9 * CI + BK - 1) // BK
     FLAT: tl.constexpr = CI % BK != 0  # a step runs through taps and channels, its loads have a pointer per element
-    tile = tl.program_id(0) // SPLIT
-    part = tl.program_id(0) % SPLIT
+    tile = tl.program_id(0)
+    first = 0
+    last = STEPS
+    if partials_ptr is not None:
+        part = tile % SPLIT
+        tile = tile // SPLIT
+        first = part * STEPS // SPLIT
+        last = (part + 1) * STEPS // SPLIT
     if WIDE:
         tile = tile.to(tl.int64)
         N = N.to(tl.int64)
@@ -222,24 +228,22 @@ def _conv3x3_kernel(
     columns = tl.where(w > 0, 0b001001001, 0) | 0b010010010 | tl.where(w < W - 1, 0b100100100, 0)
     taps = tl.where(inside, rows & columns, 0)
 
-    pixels = (n * H + h) * W + w
+    # k = (3 * kh + kw) * CI + ci lies (kh * W + kw) * CI + ci = kh * (W - 3) * CI + k elements past the first tap.
     k = tl.arange(0, BK)
-    x_offsets = pixels * CI
+    x_ptrs = x_ptr + ((n * H + h) * W + w - W - 1) * CI
     weight_ptrs = weight_ptr + co[None, :] * (9 * CI) + k[:, None]
     acc = tl.full((BM, BN), 0.0, tl.float32)
     # One flat loop: a loop over taps around a loop over channels would drain the load pipeline nine times.
-    for step in range(part * STEPS // SPLIT, (part + 1) * STEPS // SPLIT):
+    for step in range(first, last):
         if FLAT:
             row = step * BK + k
-            tap = row // CI
-            shift = ((tap // 3 - 1) * W + (tap % 3 - 1)) * CI + row % CI
-            x_mask = (taps[None, :] >> tap[:, None]) & 1 != 0
-            a = tl.trans(tl.load(x_ptr + (x_offsets[None, :] + shift[:, None]), mask=x_mask, other=0.0))
+            x_mask = taps[None, :] >> (row // CI)[:, None] & 1 != 0
+            a = tl.load(x_ptrs[None, :] + (row // (3 * CI) * ((W - 3) * CI) + row)[:, None], mask=x_mask, other=0.0)
+            a = tl.trans(a)
         else:
-            tap = step // (CI // BK)
-            shift = ((tap // 3 - 1) * W + (tap % 3 - 1)) * CI + step % (CI // BK) * BK
-            x_mask = ((taps >> tap) & 1 != 0)[:, None]
-            a = tl.load(x_ptr + shift + (x_offsets[:, None] + k[None, :]), mask=x_mask, other=0.0)
+            x_mask = (taps & 1 << step // (CI // BK) != 0)[:, None]
+            shift = step // (3 * CI // BK) * ((W - 3) * CI) + step * BK
+            a = tl.load(x_ptrs[:, None] + (shift + k)[None, :], mask=x_mask, other=0.0)
         if CO % BN == 0 and 9 * CI % BK == 0:
             b = tl.load(weight_ptrs + step * BK)
         else:
@@ -249,7 +253,7 @@ def _conv3x3_kernel(
             b = b.to(tl.float32)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
 
-    if SPLIT > 1:
+    if partials_ptr is not None:
         # The last program of a tile to arrive adds up the parts in their order, so that the bits are always the same.
         inner = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
         parts_ptrs = partials_ptr + tile.to(tl.int64) * (SPLIT * BM * BN) + inner
