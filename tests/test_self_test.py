@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vgg_fast import reference, selection
 from vgg_fast.kernels.configs import Architecture
-from vgg_fast.ops._self_test import CHANNELS, PROGRAM, failure, require
+from vgg_fast.ops._self_test import CHANNELS, PROGRAM, failure, pool_failure, require
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -45,10 +45,8 @@ def test_one_wrong_pixel_is_found(which, where):
         y[position] += 1.0
         return results
 
-    assert (
-        f"1 of {[2 * 24 * 13 * 11, 2 * 32 * 3 * 2][which]} values of {['the tap', 'the result'][which]} are wrong"
-        in (failure("imagined", torch.float16, CPU, Kernel(change)) or "")
-    )
+    reason = failure("imagined", torch.float16, CPU, Kernel(change)) or ""
+    assert f"{['the tap', 'the result'][which]} is wrong: 1 of {[6864, 384][which]} values differ" in reason
 
 
 def test_other_faults_are_named():
@@ -60,8 +58,8 @@ def test_other_faults_are_named():
 
     assert fault(raises) == "RuntimeError: no kernel image is available"
     assert "1 results instead of 2" in fault(lambda results: results[1:])
-    assert "the tap is (2, 24, 13, 10)" in fault(lambda results: [results[0][..., :-1], results[1]])
-    assert "torch.float64, not" in fault(lambda results: [results[0].double(), results[1]])
+    assert "the tap is wrong: (2, 24, 13, 10)" in fault(lambda results: [results[0][..., :-1], results[1]])
+    assert "torch.float64 instead of" in fault(lambda results: [results[0].double(), results[1]])
     assert "nan instead of" in fault(lambda results: [results[0] * float("nan"), results[1]])
 
 
@@ -90,7 +88,7 @@ def test_a_kernel_is_tested_once_per_device_and_dtype():
 
 
 def refused(dtype: torch.dtype, kernel: Kernel) -> None:
-    with pytest.raises(RuntimeError, match="is switched off on cpu: 384 of 384 values of the result are wrong"):
+    with pytest.raises(RuntimeError, match="is switched off on cpu: the result is wrong: 384 of 384 values differ"):
         require("imagined broken kernel", dtype, CPU, kernel)
 
 
@@ -111,3 +109,16 @@ def test_it_works_in_whatever_mode_the_first_call_is_made_and_leaves_the_random_
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"):
         assert failure("imagined", torch.float32, CPU, Kernel()) is None
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_pool_is_tested_in_both_memory_formats():
+    def only_contiguous(x: Tensor) -> Tensor:
+        y = reference.maxpool2x2(x)
+        return y if x.is_contiguous() else y.flip(3)
+
+    for dtype in DTYPES:
+        assert pool_failure(dtype, CPU, reference.maxpool2x2) is None
+        assert "values differ, the first at" in (pool_failure(dtype, CPU, only_contiguous) or "")
+    assert pool_failure(torch.float32, CPU, lambda x: x.no_such_thing) == (
+        "AttributeError: 'Tensor' object has no attribute 'no_such_thing'"
+    )

@@ -75,26 +75,8 @@ def run(
 
         return stack.conv_stack(x, weights, affines, program, precision or "ieee")
     if backend == "cuda":
-        return _run_cuda(x, weights, affines, program)
+        return torch.ops.vgg_fast_cuda.conv_stack_taps(x, weights, affines, program, precision == "tf32")
     return reference.conv_stack_taps(x, weights, affines, program)
-
-
-def _run_cuda(x: Tensor, weights: Sequence[Tensor], affines: Sequence[Tensor], program: Sequence[int]) -> list[Tensor]:
-    """The stretches between the taps, one by one."""
-    results, first = [], 0
-    for i, step in enumerate(program):
-        if not step & reference.Step.TAP:
-            continue
-        stretch = [*program[first:i], step & reference.Step.RELU]
-        x = torch.ops.vgg_fast_cuda.conv_stack(x, weights[first : i + 1], affines[first : i + 1], stretch)
-        results.append(x)
-        if step & reference.Step.POOL:
-            x = torch.ops.vgg_fast_cuda.maxpool2x2(x)
-        first = i + 1
-    if first < len(program):
-        x = torch.ops.vgg_fast_cuda.conv_stack(x, weights[first:], affines[first:], program[first:])
-    # An operator may not return one tensor twice.
-    return [*results, x.clone() if results and x is results[-1] else x]
 
 
 def _python(
@@ -122,7 +104,9 @@ def _python_taps(
     if name != selection.REFERENCE:
         _self_test.require(name, x.dtype, x.device, run)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return [y.contiguous(memory_format=memory_format) for y in run(x, weights, affines, program, name)]
+    *taps, y = run(x, weights, affines, program, name)
+    y = y.clone() if taps and y is taps[-1] else y  # an operator may not return one tensor twice
+    return [tensor.contiguous(memory_format=memory_format) for tensor in (*taps, y)]
 
 
 def _decomposed(
