@@ -196,6 +196,7 @@ class Repacker:
         sources: of the layers; fp32, fp16 or bf16.
         packed: per layer ``[Cout, 3, 3, Cin]``, as ``vgg_fast::pack`` makes it; of one dtype.
         affines: per layer fp32 ``[2, Cout]``.
+        parts: ranges of filters per layer.
 
     Example (on a machine without a GPU: with ``TRITON_INTERPRET=1``):
         >>> weight, packed, affine = torch.ones(2, 4, 3, 3), torch.zeros(2, 3, 3, 4), torch.zeros(2, 2)
@@ -205,20 +206,22 @@ class Repacker:
         (True, [[1.0, 1.0], [0.0, 0.0]])
     """
 
-    def __init__(self, sources: Sequence[Source], packed: Sequence[Tensor], affines: Sequence[Tensor]) -> None:
+    def __init__(
+        self, sources: Sequence[Source], packed: Sequence[Tensor], affines: Sequence[Tensor], parts: int = PARTS
+    ) -> None:
         self.device = packed[0].device
         rows = [_row(*layer) for layer in zip(sources, packed, affines, strict=True)]
-        self.stored = torch.zeros((len(rows), PARTS), dtype=torch.int64, device=self.device)
+        self.stored = torch.zeros((len(rows), parts), dtype=torch.int64, device=self.device)
         # The last, as it waits for the stream: other streams may use all of this from now on.
         self.table = torch.tensor(rows, dtype=torch.int64, device=self.device)
-        options = {"PARTS": PARTS, "COLUMNS": _COLUMNS, "DTYPE": _CODES[packed[0].dtype], "BLOCK": _BLOCK}
+        options = {"PARTS": parts, "COLUMNS": _COLUMNS, "DTYPE": _CODES[packed[0].dtype], "BLOCK": _BLOCK}
         arguments: dict[str, torch.dtype | int | None] = {
             "table_ptr": torch.int64,
             "stored_ptr": torch.int64,
             "salt": 2**61,
         }
         with on_device(self.device):
-            self._launch = prepare(_repack_kernel, (len(rows) * PARTS,), arguments, options)
+            self._launch = prepare(_repack_kernel, (len(rows) * parts,), arguments, options)
 
     def __call__(self, salt: int) -> None:
         """Queues the launch on the current stream.

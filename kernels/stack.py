@@ -62,25 +62,47 @@ class Problem(NamedTuple):
     device: torch.device
 
 
+class Layout(NamedTuple):
+    """What a chain needs beside its tensors; bytes, but for the counters.
+
+    Attributes:
+        offsets: in the workspace, of the values of every step but the last.
+        partials: offset of the partial sums.
+        workspace: in all.
+        counters: int32 elements.
+    """
+
+    offsets: list[int]
+    partials: int
+    workspace: int
+    counters: int
+
+
+def layout_of(launches: Sequence[Launch], dtype: torch.dtype) -> Layout:
+    """The layout for these steps.
+
+    Example:
+        >>> problem = Problem((1, 3, 8, 8), (16, 16, 16), (0, 2, 0), torch.float16, "ieee", torch.device("cpu"))
+        >>> layout_of(launches_of(problem), torch.float16).offsets
+        [0, 2048]
+    """
+    sizes = [-(-torch.Size(launch.out_size).numel() * dtype.itemsize // _PAGE) * _PAGE for launch in launches[:-1]]
+    even, odd = (max(sizes[half::2], default=0) for half in (0, 1))
+    workspace = even + odd + 4 * max(launch.partials for launch in launches)
+    counters = max(launch.counters for launch in launches)
+    return Layout([i % 2 * even for i in range(len(sizes))], even + odd, workspace, counters)
+
+
 class Plan:
     """The launches of a chain, and the layout of its workspace."""
 
     def __init__(self, problem: Problem) -> None:
         launches = launches_of(problem)
-        sizes = [_bytes(launch.out_size, problem.dtype) for launch in launches[:-1]]
-        halves = [max(sizes[half::2], default=0) for half in (0, 1)]
-        self.partials = sum(halves)
-        self.workspace = self.partials + 4 * max(launch.partials for launch in launches)
-        self.counters = max(launch.counters for launch in launches)
-        last = len(launches) - 1
+        self.layout = layout_of(launches, problem.dtype)
+        offsets = [*self.layout.offsets, None]
         self.steps = [
-            _Step(
-                _prepared(launch, problem.dtype),
-                bool(bits & TAP and bits & POOL),
-                bool(bits & TAP),
-                None if i == last else i % 2 * halves[0],
-            )
-            for i, (launch, bits) in enumerate(zip(launches, problem.program, strict=True))
+            _Step(_prepared(launch, problem.dtype), bool(bits & TAP and bits & POOL), bool(bits & TAP), offset)
+            for launch, bits, offset in zip(launches, problem.program, offsets, strict=True)
         ]
         n, _, h, w = problem.size
         self.out_size, self.taps = launches[-1].out_size, []
@@ -96,10 +118,11 @@ class Plan:
             torch.empty(size, dtype=dtype, device=device, memory_format=torch.channels_last)
             for size in (*self.taps, self.out_size)
         ]
-        workspace = torch.empty(self.workspace, dtype=torch.uint8, device=device)
-        counters = torch.zeros(self.counters, dtype=torch.int32, device=device) if self.counters else None
+        layout = self.layout
+        workspace = torch.empty(layout.workspace, dtype=torch.uint8, device=device)
+        counters = torch.zeros(layout.counters, dtype=torch.int32, device=device) if layout.counters else None
         base = workspace.data_ptr()
-        scratch = base + self.partials, None if counters is None else counters.data_ptr()
+        scratch = base + layout.partials, None if counters is None else counters.data_ptr()
         stream = current_stream(device)
         source, taps = x.data_ptr(), iter(results)
         for step, weight, affine in zip(self.steps, weights, affines, strict=True):
@@ -137,11 +160,6 @@ def launches_of(problem: Problem, architecture: Architecture | None = None) -> l
         )
         cin, (h, w) = cout, launches[-1].out_size[2:]
     return launches
-
-
-def _bytes(size: Sequence[int], dtype: torch.dtype) -> int:
-    n, c, h, w = size
-    return -(-n * c * h * w * dtype.itemsize // _PAGE) * _PAGE
 
 
 def _prepared(launch: Launch, dtype: torch.dtype) -> Launcher:

@@ -29,9 +29,7 @@ _lock = ForkLock()
 
 
 def require(kernel: str, dtype: torch.dtype, device: torch.device, run: Run) -> None:
-    """Lets a kernel run on a device that it has passed its test on; the first call tests it.
-
-    Not while a CUDA graph is being captured, when nothing may be read back: such a kernel is tested at a later call.
+    """Lets a kernel of convolutions run on a device that it has passed its test on; the first call tests it.
 
     Args:
         kernel: of ``selection.GPU_KERNELS``.
@@ -46,29 +44,39 @@ def require(kernel: str, dtype: torch.dtype, device: torch.device, run: Run) -> 
     """
     if (kernel, dtype, device) in _passed:
         return
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return
-    with _lock.held():
-        reason = selection.why_switched_off(kernel, device)
-        if reason is None and (kernel, dtype, device) not in _passed:
-            reason = failure(kernel, dtype, device, run)
-            if reason is None:
-                _passed.add((kernel, dtype, device))
-                return
-            selection.switch_off(kernel, device, reason)
-            warnings.warn(
-                f"vgg_fast: kernel {kernel!r} failed its self test on {device}, so it is not used: {reason}. {REPORT}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+    reason = fault(kernel, dtype, device, lambda: failure(kernel, dtype, device, run))
     if reason is not None:
         raise RuntimeError(f"kernel {kernel!r} is switched off on {device}: {reason}")
 
 
+def fault(kernel: str, dtype: torch.dtype, device: torch.device, test: Callable[[], str | None]) -> str | None:
+    """Why a kernel may not be used on a device, or None; ``test()`` says so at the first call, with a warning.
+
+    Not while a CUDA graph is being captured, when nothing may be read back: then it is tested at a later call.
+    """
+    if (kernel, dtype, device) in _passed:
+        return None
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return None
+    with _lock.held():
+        reason = selection.why_switched_off(kernel, device)
+        if reason is not None:
+            return reason
+        if (kernel, dtype, device) not in _passed:
+            reason = test()
+            if reason is not None:
+                selection.switch_off(kernel, device, reason)
+                failed = f"kernel {kernel!r} failed its self test on {device}, so it is not used"
+                warnings.warn(f"vgg_fast: {failed}: {reason}. {REPORT}", RuntimeWarning, stacklevel=3)
+                return reason
+            _passed.add((kernel, dtype, device))
+        return None
+
+
 def failure(kernel: str, dtype: torch.dtype, device: torch.device, run: Run) -> str | None:
     """How a kernel fails the test, or None; arguments as for :func:`require`."""
-    # The values must not become inference tensors, be traced or be cast, whatever the first caller is doing.
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+    # Whatever mode the first caller is in.
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False), torch.device("cpu"):
         x, weights, affines = _inputs(dtype)
         expected = reference.conv_stack_taps(x.double(), [w.double() for w in weights], affines, PROGRAM)
         packed = [w.permute(0, 2, 3, 1).contiguous().to(device) for w in weights]
@@ -80,13 +88,34 @@ def failure(kernel: str, dtype: torch.dtype, device: torch.device, run: Run) -> 
     if len(results) != len(expected):
         return f"{len(results)} results instead of {len(expected)}"
     for name, result, wanted in zip(("the tap", "the result"), results, expected, strict=True):
-        if result.shape != wanted.shape or result.dtype != dtype:
-            return f"{name} is {tuple(result.shape)} {result.dtype}, not {tuple(wanted.shape)} {dtype}"
-        wrong = result.double() != wanted  # true for NaN
-        if wrong.any():
-            first = tuple(wrong.nonzero()[0].tolist())
-            values = f"{result[first].item()} instead of {wanted[first].item()}"
-            return f"{int(wrong.sum())} of {wrong.numel()} values of {name} are wrong, the first at {first}: {values}"
+        if different := difference(result, wanted.to(dtype)):
+            return f"{name} is wrong: {different}"
+    return None
+
+
+def difference(result: Tensor, expected: Tensor) -> str | None:
+    """Where and how two tensors differ, NaN from everything; None where they do not."""
+    if result.shape != expected.shape or result.dtype != expected.dtype:
+        return f"{tuple(result.shape)} {result.dtype} instead of {tuple(expected.shape)} {expected.dtype}"
+    wrong = result.double() != expected.double()
+    if not wrong.any():
+        return None
+    first = tuple(wrong.nonzero()[0].tolist())
+    values = f"{result[first].item()} instead of {expected[first].item()}"
+    return f"{int(wrong.sum())} of {wrong.numel()} values differ, the first at {first}: {values}"
+
+
+def pool_failure(dtype: torch.dtype, device: torch.device, run: Callable[[Tensor], Tensor]) -> str | None:
+    """How a 2x2 max-pool fails on odd sizes in both memory formats, or None."""
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+        x = _integers(2, 20, 9, 7, limit=9, seed=3).to(dtype)
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            try:
+                result = run(x.to(device).contiguous(memory_format=memory_format)).cpu()
+            except Exception as error:
+                return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            if different := difference(result, reference.maxpool2x2(x)):
+                return different
     return None
 
 
