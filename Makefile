@@ -4,13 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test gpu-sim sanitize lint format bench clean
+.PHONY: demo test gpu-test gpu-sim sanitize lint format bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vgg-fast demo
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest tests
+
+# On a machine with a GPU: the tests, compute-sanitizer over those of its kernels, vgg-fast verify and bench. Reports go
+# to build/.
+gpu-test: $(VENV)/.installed
+	$(BIN)/python -m tests.run_on_gpu
 
 # A whole VGG16 forward on the virtual GPU (tests/virtual_gpu), every layer checked; the tests run small shapes of it.
 gpu-sim: $(VENV)/.installed
