@@ -1,4 +1,4 @@
-"""Every GPU kernel against the reference, on the CPU and, where there is one, on a GPU: what it computes, at its borders
+"""Every GPU kernel against the reference, on the CPU and, where there is one, on a GPU: what it computes, at its edges
 and with special values."""
 
 from __future__ import annotations
