@@ -4,13 +4,23 @@ VENV := .venv
 BIN := $(VENV)/bin
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test gpu-sim sanitize lint format bench clean
+.PHONY: demo test gpu-test wheel-test gpu-sim sanitize lint format bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vgg-fast demo
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest tests
+
+# On a machine with a GPU: the tests, compute-sanitizer over those of its kernels, vgg-fast verify and bench. Reports go
+# to build/.
+gpu-test: $(VENV)/.installed
+	$(BIN)/python -m tests.run_on_gpu
+
+# sdist and wheel with both libraries, installed next to this environment's PyTorch, under the CPU tests; and next to
+# another one as well: make wheel-test TORCH=2.14.1 (a CUDA build takes 6 GB for as long as it runs).
+wheel-test: $(VENV)/.installed
+	$(BIN)/python -m tests.wheel $(addprefix --torch ,$(TORCH))
 
 # A whole VGG16 forward on the virtual GPU (tests/virtual_gpu), every layer checked; the tests run small shapes of it.
 gpu-sim: $(VENV)/.installed

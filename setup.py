@@ -3,7 +3,7 @@
 `_C` (CPU) and `_C_cuda` (GPU, where there is an nvcc) use nothing but PyTorch's stable ABI and no Python at all, so one
 build serves every PyTorch >= 2.10 and every CPython >= 3.10. Without a compiler the package installs all the same and
 says what it lacks (`vgg-fast doctor`). VGG_FAST_CUDA=0 leaves `_C_cuda` out, 1 insists on it, auto (the default) builds
-it if it can.
+it if it can; VGG_FAST_CUDA_ARCHS=80,90 names the architectures (csrc/cuda/build.py).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BUILD_INFO = "_build_info.json"  # read by vgg_fast.library
 
 VGG_FAST_CUDA = os.environ.get("VGG_FAST_CUDA", "auto")
 if VGG_FAST_CUDA not in ("0", "1", "auto"):
-    raise SystemExit(f"vgg-fast: VGG_FAST_CUDA is {VGG_FAST_CUDA!r}; it must be 0, 1 or auto")
+    raise SystemExit(f"vgg-fast: VGG_FAST_CUDA is {VGG_FAST_CUDA!r}; it must be 0 (without), 1 (insist) or auto")
 
 # `make sanitize` builds, in a folder of its own, a library that stops at the first wrong access: "address,undefined".
 SANITIZERS = os.environ.get("VGG_FAST_SANITIZE", "")
@@ -68,11 +68,25 @@ class BuildLibraries(build_ext):
     """Compiles the sources of a library side by side, and writes down what was built or why it was not."""
 
     def run(self) -> None:
+        self.check_settings()
         self.info: dict[str, str] = {}
         super().run()
         package = Path("vgg_fast") if self.inplace else Path(self.build_lib) / "vgg_fast"
         package.mkdir(parents=True, exist_ok=True)
         (package / BUILD_INFO).write_text(json.dumps(self.info, indent=1) + "\n")
+
+    def check_settings(self) -> None:
+        """What cannot be done is said before minutes of compiling, and whatever VGG_FAST_CUDA says."""
+        if VGG_FAST_CUDA == "0":
+            return
+        try:
+            cuda.wanted_architectures()
+            if nvcc := cuda.find_nvcc():
+                cuda.architectures(nvcc)
+        except ValueError as error:
+            raise SystemExit(f"vgg-fast: {error}") from error
+        if VGG_FAST_CUDA == "1" and nvcc is None:
+            self.leave_out("_C_cuda", "no nvcc was found in CUDA_HOME, on the PATH, in /usr/local/cuda or in Python")
 
     def build_extension(self, ext: Extension) -> None:
         name = ext.name.rpartition(".")[2]
@@ -102,10 +116,11 @@ class BuildLibraries(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             cuda.build(target, nvcc, compiler, torch)
+            built_for = ", ".join(f"sm_{sm}" for sm in cuda.architectures(nvcc))
         except (subprocess.CalledProcessError, RuntimeError) as error:
             # An nvcc that does not fit its host compiler is common, and no reason to go without the CPU kernels.
             return self.leave_out(name, f"{nvcc} failed when vgg-fast was installed: {error}")
-        self.info[name] = f"built with {nvcc}"
+        self.info[name] = f"built with {nvcc} for {built_for}"
 
     def build_cpu(self, ext: Extension, compiler: str, torch: Path) -> None:
         ext.extra_compile_args += ["-isystem", str(torch / "include")]  # as system headers: their warnings are not ours

@@ -1,4 +1,5 @@
-"""The GPU kernels without a GPU: Triton's in its interpreter, the CUDA ones compiled for the CPU (cuda_on_host/)."""
+"""The GPU kernels without a GPU: Triton's in its interpreter, the CUDA ones compiled for the CPU (cuda_on_host/); and,
+where there is a GPU, the same kernels on it."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vgg_fast import testing
+from vgg_fast import gpu_facts, library, testing
 
 ROOT = Path(__file__).resolve().parents[1]
 CUDA = ROOT / "csrc" / "cuda"
@@ -38,15 +39,54 @@ class GpuKernels:
     truncates_bf16: bool  # the interpreter drops the lower bits of a float where the hardware rounds
 
 
+ON_A_GPU = " on a GPU"
+FAMILIES = ("triton", "cuda")
+# For a fixture: what runs everywhere, and the same on the GPU where there is one (test_on_gpu.py says so where not).
+KERNELS = [
+    *FAMILIES,
+    *(pytest.param(name + ON_A_GPU, marks=pytest.mark.gpu) for name in FAMILIES if gpu_facts.lacking() is None),
+]
+
+
 @functools.cache
 def load(name: str) -> GpuKernels:
-    """``triton`` or ``cuda``; skips the test where it cannot be had, saying why."""
+    """One of :data:`KERNELS`; skips the test where it cannot be had, saying why."""
+    if name.endswith(ON_A_GPU):
+        return on_a_gpu(name.removesuffix(ON_A_GPU))
     if name == "triton":
         conv, pool, stack = interpreted("conv3x3"), interpreted("maxpool2x2"), interpreted_stack()
         return GpuKernels(conv.conv3x3, pool.maxpool2x2, lambda *a: stack.conv_stack(*a)[-1], truncates_bf16=True)
     cuda_on_host()
     ops = torch.ops.vgg_fast_cuda_on_host
     return GpuKernels(ops.conv3x3, ops.maxpool2x2, ops.conv_stack, truncates_bf16=False)
+
+
+def on_a_gpu(family: str) -> GpuKernels:
+    """The kernels themselves; tensors are taken to the GPU and results are brought back."""
+    if reason := gpu_facts.lacking() or (library.missing("_C_cuda") if family == "cuda" else None):
+        pytest.skip(reason)
+    if family == "triton":
+        conv3x3 = importlib.import_module("vgg_fast.kernels.conv3x3").conv3x3
+        maxpool2x2 = importlib.import_module("vgg_fast.kernels.maxpool2x2").maxpool2x2
+    else:
+        conv3x3, maxpool2x2 = torch.ops.vgg_fast_cuda.conv3x3, torch.ops.vgg_fast_cuda.maxpool2x2
+
+    def there(t: Tensor) -> Tensor:
+        return t.cuda() if t.device.type == "cpu" else t  # a test of errors has a tensor on another device
+
+    def conv_stack(x: Tensor, weights: list[Tensor], affines: list[Tensor], program: list[int]) -> Tensor:
+        oihw = [there(w).permute(0, 3, 1, 2) for w in weights]
+        packed = [torch.ops.vgg_fast.pack(w, None, None, None, None, None, 0.0, family)[0] for w in oihw]
+        affines = [there(a) for a in affines]
+        with gpu_facts.float32("ieee"):
+            return torch.ops.vgg_fast.conv_stack(there(x), packed, affines, program, family, True).cpu()
+
+    return GpuKernels(
+        lambda x, weight, affine, relu, pool: conv3x3(there(x), there(weight), there(affine), relu, pool).cpu(),
+        lambda x: maxpool2x2(there(x)).cpu(),
+        conv_stack,
+        truncates_bf16=False,
+    )
 
 
 @functools.cache

@@ -156,3 +156,11 @@ def test_the_library_carries_every_architecture(nvcc: Path, library: Path) -> No
     for sm in sms:
         assert len(re.findall(rf"\.sm_{sm}\.cubin", listing)) == sources, listing
     assert len(re.findall(rf"\.sm_{sms[-1]}\.ptx", listing)) == sources, listing
+
+
+@pytest.mark.parametrize(
+    ("wanted", "sms"), [("", []), ("80", [80]), ("90,80", [80, 90]), ("8.0;9.0a sm_120", [80, 90, 120])]
+)
+def test_architectures_may_be_named(monkeypatch: pytest.MonkeyPatch, wanted: str, sms: list[int]) -> None:
+    monkeypatch.setenv("VGG_FAST_CUDA_ARCHS", wanted)
+    assert build_script().wanted_architectures() == sms

@@ -172,6 +172,20 @@ def test_tf32_may_be_off_by_what_cut_operands_make():
     assert not judged(1.3e-3, cut=1e-3)
 
 
+@pytest.mark.parametrize("setting", ["ieee", "tf32", None])
+def test_settings_of_fp32_can_be_read_by_every_name_and_are_put_back(setting):
+    def read():
+        backends = torch.backends
+        return gpu_facts.float32_name(), backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+
+    before = read()
+    with gpu_facts.float32(setting):
+        expected = {"ieee": ("fp32", False, "highest"), "tf32": ("tf32", True, "high"), None: before}[setting]
+        assert read() == expected
+        assert torch.backends.cuda.matmul.allow_tf32 == (expected[2] == "high")
+    assert read() == before
+
+
 def test_names_of_precisions():
     with gpu_facts.float32("tf32"):
         assert contest.precision_name(torch.float32, torch.device("cuda")) == "tf32"

@@ -1,4 +1,5 @@
-"""Every GPU kernel against the reference, on the CPU: what it computes, at its borders and with special values."""
+"""Every GPU kernel against the reference, on the CPU and, where there is one, on a GPU: what it computes, at its edges
+and with special values."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from gpu_kernels import GpuKernels, load
+from gpu_kernels import FAMILIES, KERNELS, GpuKernels, load
 from torch import Tensor
 
 from vgg_fast import fold, reference, testing
@@ -20,7 +21,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 POOLABLE = [s for s in testing.SHAPES if min(s.h, s.w) > 1]
 
 
-@pytest.fixture(params=["triton", "cuda"])
+@pytest.fixture(params=KERNELS)
 def gpu(request: pytest.FixtureRequest) -> GpuKernels:
     return load(request.param)
 
@@ -164,7 +165,7 @@ for name in ("ragged", "block"):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="guard pages are made with mprotect")
-@pytest.mark.parametrize("name", ["triton", "cuda"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_nothing_outside_the_tensors_is_read(name: str) -> None:
     load(name)  # skips here, where the reason is printed
     folder = Path(__file__).parent

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from tests.wheel import check_libraries, faults, install, linked_environment
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,6 +58,7 @@ def python(wheel: Path, code: str) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
+    """Without the CUDA library, which takes a minute to build: make wheel-test has it as well."""
     return build_wheel(tmp_path_factory.mktemp("wheel"), VGG_FAST_CUDA="0")
 
 
@@ -67,6 +71,50 @@ def test_the_wheel_is_for_every_python(wheel):
     assert not [n for n in names if n.startswith(("kernels/", "tests/", "benchmarks/"))]
     assert any(n.endswith("licenses/LICENSE") for n in names)
     assert wheel.stat().st_size < 30e6
+
+
+def test_pip_installs_the_wheel_next_to_any_pytorch(wheel, tmp_path):
+    """A CPU build of PyTorch that is there is enough, and no package of CUDA's is asked for."""
+    assert faults(wheel, ("_C",)) == []
+    python = linked_environment(tmp_path / "environment")
+    install(wheel, python)
+    check = [sys.executable, "-m", "pip", "--python", python, "check"]
+    assert "vgg-fast" not in subprocess.run(check, capture_output=True, text=True).stdout, "a requirement is not met"
+    (tmp_path / "empty").mkdir()
+    assert "the CPU library loads" in check_libraries(python, "cpu", tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("requirement", "said"),
+    [("torch==2.13.0", "asks for"), ("torch>=2.10\nRequires-Dist: nvidia-cublas", "pulls"), ("torch>=2.10", "lacks")],
+)
+def test_a_faulty_wheel_is_found(tmp_path, requirement, said):
+    bad = tmp_path / "vgg_fast-0.1.0-cp310-abi3-linux_x86_64.whl"
+    with zipfile.ZipFile(bad, "w") as archive:
+        archive.writestr("vgg_fast-0.1.0.dist-info/METADATA", f"Name: vgg-fast\nRequires-Dist: {requirement}\n")
+        if said != "lacks":
+            archive.writestr("vgg_fast/_C.abi3.so", "")
+    (fault,) = faults(bad, ("_C",))
+    assert said in fault
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"VGG_FAST_CUDA": "yes"}, "VGG_FAST_CUDA is 'yes'; it must be 0"),
+        ({"VGG_FAST_CUDA": "1", "VGG_FAST_CUDA_ARCHS": "70"}, "'70' is no architecture .* such as 80,90"),
+        ({"VGG_FAST_CUDA_ARCHS": "ampere"}, "'ampere' is no architecture"),
+        # On a machine without nvcc the next thing that is wanting.
+        ({"VGG_FAST_CUDA": "1", "VGG_FAST_CUDA_ARCHS": "80,990"}, "does not know sm_990; it knows .*sm_80|no nvcc"),
+        ({"VGG_FAST_CUDA": "1", "PATH": "", "CXX": ""}, "VGG_FAST_CUDA=1, but no C\\+\\+ compiler was found|no nvcc"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be_meant_are_errors(tmp_path, variables, said):
+    command = [sys.executable, "setup.py", "build_ext", "--build-temp", tmp_path, "--build-lib", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.search(said, done.stderr.splitlines()[-1]), done.stderr
 
 
 def test_the_library_needs_no_python_and_only_stable_symbols(wheel, tmp_path):

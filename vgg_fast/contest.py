@@ -240,6 +240,8 @@ def _contest(
             calls[key] = engine(placed, inputs)
         except Unsuitable as reason:
             left_out[key] = str(reason)
+        except Exception as error:
+            left_out[key] = _why(error)
     calls[OURS] = calls.pop(OURS)  # last, as in every table
     # Both ends of the batch: float64 takes seconds per image, and position in a batch is what could go wrong.
     ends = _ends(len(x))
@@ -249,9 +251,9 @@ def _contest(
         try:
             answers[key] = call()[ends].cpu()
         except Exception as error:
-            if key in (EAGER, CHANNELS_LAST, OURS) or measure.device_lost(error):
+            if key in (EAGER, CHANNELS_LAST, OURS):
                 raise
-            left_out[key] = f"it raised {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            left_out[key] = _why(error)
             del calls[key]
     tf32 = partial(peers.in_tf32, network, x[ends]) if layered else None
     # A tensor core may cut operands off where this machine's PyTorch rounds them, or uses no tensor core.
@@ -271,6 +273,20 @@ def _contest(
     kernels = peers.kernels_used(contestants[OURS].module, inputs[:1] if on_cpu else inputs)
     contest = Contest(name, x.dtype, precision, len(x), calls, errors, agreement, kernels, left_out)
     return contest, answers[OURS], exact
+
+
+def _why(error: Exception) -> str:
+    """What is said of a contestant that raised.
+
+    Raises:
+        Exception: the error itself, if nobody can go on after it.
+    """
+    if measure.device_lost(error):
+        raise error
+    if measure.out_of_memory(error):
+        measure.free_memory()
+        return "out of memory"
+    return f"it raised {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _megabytes(which: Layer, dtype: torch.dtype, batch: int) -> float:

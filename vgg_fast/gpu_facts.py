@@ -97,19 +97,31 @@ def float32(setting: str | None) -> Iterator[None]:
 
     Example:
         >>> with float32("ieee"):
-        ...     torch.backends.cudnn.conv.fp32_precision
-        'ieee'
+        ...     torch.backends.cudnn.allow_tf32
+        False
     """
-    cudnn: Any = torch.backends.cudnn
-    backends = (cudnn.conv, torch.backends.cuda.matmul)
-    before = [backend.fp32_precision for backend in backends]
+    if setting is None:
+        yield
+        return
+    convolutions, products = float32_name(), torch.get_float32_matmul_precision()
     try:
-        for backend in backends if setting else ():
-            backend.fp32_precision = setting
+        _allow_tf32(setting == "tf32")
+        torch.set_float32_matmul_precision("high" if setting == "tf32" else "highest")
         yield
     finally:
-        for backend, value in zip(backends, before, strict=True):
-            backend.fp32_precision = value
+        _allow_tf32(convolutions == "tf32")
+        torch.set_float32_matmul_precision(products)
+
+
+def _allow_tf32(allowed: bool) -> None:
+    """By the older name, and where that leaves the newer ones open (torch 2.14) by those, too.
+
+    Whoever sets only one of them makes PyTorch raise where the other is read, by Inductor for example.
+    """
+    cudnn: Any = torch.backends.cudnn
+    cudnn.allow_tf32 = allowed
+    if allowed:
+        cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "tf32"
 
 
 def float32_name() -> str:
@@ -216,10 +228,7 @@ def clocks_under(call: Callable[[], object], device: torch.device, least_s: floa
 
 def said_under(call: Callable[[], object], command: Sequence[str], device: torch.device, least_s: float) -> str:
     """The first line that ``command`` prints while ``call`` keeps running; empty if it cannot be started or fails."""
-    end = time.perf_counter() + least_s
-    while time.perf_counter() < end:
-        call()
-        synchronize(device)
+    keep_busy(call, device, least_s)
     try:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     except OSError:
@@ -229,6 +238,14 @@ def said_under(call: Callable[[], object], command: Sequence[str], device: torch
         synchronize(device)
     out, _ = process.communicate()
     return out.partition("\n")[0] if process.returncode == 0 else ""
+
+
+def keep_busy(call: Callable[[], object], device: torch.device, seconds: float) -> None:
+    """Calls again and again: an idle GPU turns its clocks up only after some tenths of a second of work."""
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        call()
+        synchronize(device)
 
 
 def synchronize(device: torch.device) -> None:

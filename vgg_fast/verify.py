@@ -197,7 +197,7 @@ def _device(name: str) -> torch.device:
         raise Unavailable(f"there are no kernels for device {name!r}; choose cpu or cuda")
     if name == "cuda" and (reason := gpu_facts.lacking()):
         raise Unavailable(f"{reason}; --device cpu verifies the CPU kernels")
-    return torch.device(name)
+    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
 def _absent(dtype: torch.dtype, device: torch.device, kernel: str) -> str:

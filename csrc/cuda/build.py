@@ -10,17 +10,21 @@ site-packages/nvidia/cu13 (all five must be of one version: each one's own depen
 
     pip install nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 \
         nvidia-cuda-runtime==13.0.96 nvidia-cuda-cccl==13.0.85
+
+$VGG_FAST_CUDA_ARCHS names the architectures to compile for, as "80,90"; by default all of ARCHITECTURES that nvcc has.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -38,10 +42,38 @@ def find_nvcc() -> Path | None:
     return next((nvcc for nvcc in candidates if nvcc.is_file()), None)
 
 
+def wanted_architectures() -> list[int]:
+    """What $VGG_FAST_CUDA_ARCHS names, oldest first; empty where it is not set.
+
+    Raises:
+        ValueError: it names something else.
+    """
+    wanted = os.environ.get("VGG_FAST_CUDA_ARCHS", "")
+    sms = set()
+    for part in re.split(r"[\s,;]+", wanted.strip()) if wanted.strip() else ():
+        found = re.fullmatch(r"(?:sm_)?(\d+)\.?(\d)a?", part)
+        sm = int("".join(found.groups())) if found else 0
+        if sm < ARCHITECTURES[0]:
+            raise ValueError(
+                f"VGG_FAST_CUDA_ARCHS={wanted!r}: {part!r} is no architecture these kernels can be compiled for; "
+                f"name some from {ARCHITECTURES[0]} on, such as 80,90"
+            )
+        sms.add(sm)
+    return sorted(sms)
+
+
 def architectures(nvcc: Path) -> list[int]:
-    """Those of :data:`ARCHITECTURES` that this nvcc knows."""
+    """Those wanted, by default all of :data:`ARCHITECTURES` that this nvcc knows.
+
+    Raises:
+        ValueError: nvcc does not know one that $VGG_FAST_CUDA_ARCHS names.
+    """
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
-    return [sm for sm in ARCHITECTURES if f"sm_{sm}" in known]
+    wanted = wanted_architectures()
+    unknown = [f"sm_{sm}" for sm in wanted if f"sm_{sm}" not in known]
+    if unknown:
+        raise ValueError(f"VGG_FAST_CUDA_ARCHS: {nvcc} does not know {', '.join(unknown)}; it knows {', '.join(known)}")
+    return wanted or [sm for sm in ARCHITECTURES if f"sm_{sm}" in known]
 
 
 def compile_cuda(nvcc: Path, source: Path, target: Path, sms: list[int]) -> list[str]:
@@ -82,7 +114,7 @@ def link(nvcc: Path, objects: list[Path], target: Path, torch: Path) -> list[str
 
 
 def build(target: Path, nvcc: Path, compiler: str, torch: Path) -> None:
-    """Compiles every .cu and .cpp of this folder and links them.
+    """Compiles every .cu and .cpp of this folder, as many at a time as there are cores, and links them.
 
     Args:
         target: the library to write, ``…/_C_cuda.abi3.so``.
@@ -92,17 +124,26 @@ def build(target: Path, nvcc: Path, compiler: str, torch: Path) -> None:
 
     Raises:
         subprocess.CalledProcessError: where a compiler fails; its messages are on stderr.
+        RuntimeError: this nvcc is too old.
+        ValueError: as :func:`architectures`.
     """
     sms = architectures(nvcc)
     if not sms:
         raise RuntimeError(f"{nvcc} knows none of the architectures {ARCHITECTURES}; take CUDA 12.8 or later")
     with tempfile.TemporaryDirectory() as folder:
-        objects = []
-        for source in sorted([*HERE.glob("*.cu"), *HERE.glob("*.cpp")]):
-            objects.append(Path(folder) / f"{source.name}.o")
-            is_cuda = source.suffix == ".cu"
-            command = compile_cuda(nvcc, source, objects[-1], sms) if is_cuda else None
-            subprocess.run(command or compile_cpp(compiler, source, objects[-1], torch), check=True)
+        # The .cu first: they take longest.
+        sources = [*sorted(HERE.glob("*.cu")), *sorted(HERE.glob("*.cpp"))]
+        objects = [Path(folder) / f"{source.name}.o" for source in sources]
+
+        def compile_one(source: Path, target: Path) -> None:
+            if source.suffix == ".cu":
+                command = compile_cuda(nvcc, source, target, sms)
+            else:
+                command = compile_cpp(compiler, source, target, torch)
+            subprocess.run(command, check=True)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(compile_one, sources, objects))
         subprocess.run(link(nvcc, objects, target, torch), check=True)
 
 

@@ -170,7 +170,7 @@ def parse_device(name: str) -> torch.device:
         raise UserError(f"there are no kernels for device {name!r}; choose cpu or cuda")
     if name == "cuda" and (reason := gpu_facts.lacking()):
         raise UserError(reason)
-    return torch.device(name)
+    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
 def check_writable(*files: Path | None) -> None:

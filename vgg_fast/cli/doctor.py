@@ -19,7 +19,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from vgg_fast import __version__, library, measure, selection
+from vgg_fast import __version__, gpu_facts, library, measure, selection
 from vgg_fast.cli._ui import FAILED, command, dtype_name, print_json, progress, show
 from vgg_fast.peers import DTYPES
 
@@ -150,10 +150,8 @@ def _gpu() -> Iterator[Finding]:
         for i in range(torch.cuda.device_count()):
             capability = "{}.{}".format(*torch.cuda.get_device_capability(i))
             yield Finding(f"GPU {i}", OK, f"{torch.cuda.get_device_name(i)}, compute capability {capability}")
-    elif torch.version.cuda is None:
-        yield Finding("GPU", ABSENT, "this PyTorch is a build without CUDA")
     else:
-        yield Finding("GPU", ABSENT, "no CUDA device", "if there is one, look at nvidia-smi: the driver may be missing")
+        yield Finding("GPU", ABSENT, gpu_facts.lacking() or "CUDA starts, but PyTorch counts no device")
 
 
 def _backends() -> Iterator[Finding]:
