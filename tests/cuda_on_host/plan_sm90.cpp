@@ -1,0 +1,12 @@
+// The planner of conv3x3_sm90 for ctypes.
+#include "conv3x3_sm90_cuda.h"
+
+using namespace vgg_fast::cuda;
+
+extern "C" void plan_sm90_for(const Sm90Problem* problem, int multiprocessors, Sm90Plan* plan) {
+  *plan = plan_sm90(*problem, multiprocessors);
+}
+
+extern "C" const char* sm90_unsupported_for(const Sm90Problem* problem, int sm) {
+  return sm90_unsupported(*problem, sm);
+}
