@@ -6,7 +6,6 @@ import ctypes
 import functools
 import math
 import re
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.virtual_gpu.cases import CUDA, DTYPES, ROOT, channels_last, nvcc_ptx
+from tests.virtual_gpu.cases import CUDA, DTYPES, ROOT, channels_last, find_nvcc, nvcc_ptx
 from tests.virtual_gpu.launch import Entry, Mapped, launch, ptx_entry
 
 MULTIPROCESSORS = 132  # of H100 and H200, SXM
@@ -43,20 +42,55 @@ class Task(ctypes.Structure):
     ]
 
 
+class Args(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "affine", "out", "pooled", "partial", "arrived")),
+        ("relu", ctypes.c_bool),
+    ]
+
+
 @functools.cache
-def planner() -> ctypes.CDLL:
-    """csrc/cuda/conv3x3_sm90_plan.cpp, compiled for this machine."""
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        raise FileNotFoundError("no C++ compiler on the PATH to compile csrc/cuda/conv3x3_sm90_plan.cpp with")
+def host() -> ctypes.CDLL:
+    """The launcher and the planner, with a CUDA runtime that writes down what is launched (recorded_runtime.cpp)."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise FileNotFoundError("nvcc: see csrc/cuda/build.py for where it is looked for")
+    ours = ROOT / "tests" / "cuda_on_host"
+    sources = [CUDA / "conv3x3_sm90.cu", CUDA / "conv3x3_sm90_plan.cpp"]
+    sources += [ours / "sm90_for_ctypes.cpp", ours / "recorded_runtime.cpp"]
+    options = ["-std=c++17", "-O1", "-shared", "-Xcompiler", "-fPIC,-Wall,-Wextra,-Werror", "--cudart", "none"]
+    options += ["-Xlinker", "-Bsymbolic,--no-undefined"]  # PyTorch may have brought the true runtime into this process
+    options += ["-gencode", "arch=compute_90a,code=compute_90a", "-I", str(CUDA)]
     with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "plan.so"
-        sources = [CUDA / "conv3x3_sm90_plan.cpp", ROOT / "tests" / "cuda_on_host" / "plan_sm90.cpp"]
-        options = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-I", str(CUDA)]
-        subprocess.run([compiler, *options, *map(str, sources), "-o", str(library)], check=True)
+        library = Path(folder) / "host.so"
+        subprocess.run([nvcc, *options, *map(str, sources), "-o", str(library)], check=True)
         loaded = ctypes.CDLL(str(library))
-    loaded.sm90_unsupported_for.restype = ctypes.c_char_p
+    loaded.sm90_unsupported_for.restype = loaded.launch_sm90.restype = ctypes.c_char_p
+    loaded.recorded_launch.restype = ctypes.POINTER(RecordedLaunch)
+    loaded.recorded_map.restype = ctypes.POINTER(RecordedMap)
+    loaded.recorded_argument.restype = ctypes.c_void_p
     return loaded
+
+
+class RecordedMap(ctypes.Structure):
+    _fields_ = [
+        ("address", ctypes.c_uint64),
+        ("sizes", ctypes.c_uint64 * 5),
+        ("strides", ctypes.c_uint64 * 4),
+        ("box", ctypes.c_uint32 * 5),
+        ("steps", ctypes.c_uint32 * 5),
+        *((name, ctypes.c_int) for name in ("type", "rank", "interleave", "swizzle", "fill")),
+    ]
+
+
+class RecordedLaunch(ctypes.Structure):
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        *((name, ctypes.c_uint64) for name in ("shared_bytes", "allowed_shared_bytes", "stream")),
+        *((name, ctypes.c_int) for name in ("device", "maps")),
+        ("kernel", ctypes.c_char * 256),
+    ]
 
 
 def problem(n: int, h: int, w: int, cin: int, cout: int, dtype: torch.dtype = torch.float16) -> Problem:
@@ -65,7 +99,7 @@ def problem(n: int, h: int, w: int, cin: int, cout: int, dtype: torch.dtype = to
 
 def plan(wanted: Problem, multiprocessors: int = MULTIPROCESSORS) -> Plan:
     result = Plan()
-    planner().plan_sm90_for(ctypes.byref(wanted), multiprocessors, ctypes.byref(result))
+    host().plan_sm90_for(ctypes.byref(wanted), multiprocessors, ctypes.byref(result))
     return result
 
 
@@ -100,6 +134,28 @@ def maps(x: Tensor, packed: Tensor) -> tuple[Mapped, Mapped]:
     return Mapped(x, (8, HALO, HALO, 8, 1), view=cells), Mapped(packed, (256, COLUMNS // 32, 2, 1, 4), view=rows)
 
 
+def outputs(x: Tensor, cout: int, out: bool, pooled: bool) -> dict[str, Tensor]:
+    n, _, h, w = x.shape
+    sizes = {"out": (h, w)} if out else {}
+    sizes |= {"pooled": (h // 2, w // 2)} if pooled else {}
+    return {name: channels_last(n, cout, *size, dtype=x.dtype) for name, size in sizes.items()}
+
+
+def workspace(cut: Plan) -> dict[str, Tensor]:
+    if cut.split == 1:
+        return {}
+    arrived = torch.zeros(cut.counter_bytes // 4, dtype=torch.int32)
+    return {"partial": torch.full([cut.partial_bytes // 4], math.nan), "arrived": arrived}
+
+
+def task(x: Tensor, cout: int, affine: Tensor, relu: bool, cut: Plan) -> dict[str, Any]:
+    """The fields of a :class:`Task`, all but the tensors that it may lack."""
+    (n, cin, h, w) = x.shape
+    fields: dict[str, Any] = {"affine": affine, "n": n, "h": h, "w": w, "cin": cin, "cout": cout}
+    fields |= {name: getattr(cut, name) for name in ("down", "across", "whole", "items", "split")}
+    return fields | {"floor": 0.0 if relu else -math.inf}
+
+
 def conv3x3(
     x: Tensor,
     weight: Tensor,
@@ -121,20 +177,12 @@ def conv3x3(
     """
     (n, cin, h, w), cout = x.shape, weight.shape[0]
     cut = plan(problem(n, h, w, cin, cout, x.dtype), multiprocessors)
-    results, scratch = {}, {}
-    if out:
-        results["out"] = channels_last(n, cout, h, w, dtype=x.dtype)
-    if pooled:
-        results["pooled"] = channels_last(n, cout, h // 2, w // 2, dtype=x.dtype)
-    if cut.split > 1:
-        scratch["partial"] = torch.full([cut.partial_bytes // 4], math.nan)
-        scratch["arrived"] = torch.zeros(cut.counter_bytes // 4, dtype=torch.int32)
-    fields: dict[str, Any] = {"affine": affine, "n": n, "h": h, "w": w, "cin": cin, "cout": cout}
-    fields |= {name: getattr(cut, name) for name in ("down", "across", "whole", "items", "split")}
-    fields |= {"floor": 0.0 if relu else -math.inf} | results | scratch
-    arguments = [*maps(x, pack(weight)), (Task, fields)]
+    results = outputs(x, cout, out, pooled)
+    scratch = workspace(cut)
+    packed = pack(weight)
+    fields = task(x, cout, affine, relu, cut) | results | scratch
     options |= {"outputs": [*results], "scratch": [*scratch], "shared_bytes": shared_bytes()}
-    launch(change(entry(x.dtype)), (min(cut.items, multiprocessors),), arguments, **options)
+    launch(change(entry(x.dtype)), (min(cut.items, multiprocessors),), [*maps(x, packed), (Task, fields)], **options)
     if scratch:
         assert not scratch["arrived"].any(), "the counters are not ready for the next launch"
     return results

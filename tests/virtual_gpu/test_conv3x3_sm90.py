@@ -163,9 +163,58 @@ def test_plans_of_vgg16(key: tuple[int, ...]) -> None:
     assert (cut.whole, cut.items, cut.split) == VGG16[key]
 
 
+@pytest.mark.parametrize("name", ["odd sizes: the last row and column belong to no window", "sums of 3 CTAs"])
+def test_the_launcher_launches_what_is_simulated(name: str) -> None:
+    """Tensor maps, arguments, grid and shared memory, as the CUDA runtime and the driver get them from the launcher."""
+    c = EXACT[name]
+    x, weight, affine = inputs(testing.Shape("", c.n, c.cin, c.cout, c.h, c.w, ""), c.dtype)
+    wanted, packed = sm90.problem(c.n, c.h, c.w, c.cin, c.cout, c.dtype), sm90.pack(weight)
+    cut, host = sm90.plan(wanted, c.multiprocessors), sm90.host()
+    tensors = {"x": x, "weight": packed, "affine": affine} | sm90.outputs(x, c.cout, True, True) | sm90.workspace(cut)
+    pointers = {key: tensor.data_ptr() for key, tensor in tensors.items()}
+    sizes = [p.size for p in sm90.entry(c.dtype).code.kernel.parameters]
+    host.record_arguments(len(sizes), (ctypes.c_int * len(sizes))(*sizes))
+    args = sm90.Args(**pointers, relu=True)
+    stream = ctypes.c_void_p(77)
+    assert host.launch_sm90(ctypes.byref(args), ctypes.byref(wanted), c.multiprocessors, 3, stream) is None
+
+    launched = host.recorded_launch().contents
+    assert launched.kernel.decode() == sm90.entry(c.dtype).code.name
+    assert (launched.device, launched.stream) == (3, 77)
+    assert ([*launched.grid], [*launched.block]) == ([min(cut.items, c.multiprocessors), 1, 1], [sm90.THREADS, 1, 1])
+    assert launched.shared_bytes == launched.allowed_shared_bytes == sm90.shared_bytes()
+
+    for i, mapped in enumerate(sm90.maps(x, packed)):
+        number = ctypes.cast(host.recorded_argument(i), ctypes.POINTER(ctypes.c_uint64)).contents.value
+        made, expected = host.recorded_map(number).contents, mapped.at(pointers["x" if i == 0 else "weight"])
+        assert (made.address, [*made.sizes], [*made.strides], [*made.box]) == (
+            expected.address,
+            [*expected.sizes],
+            [*expected.strides],
+            [*expected.box],
+        )
+        types = {HALF: 6, BF16: 9}  # CUtensorMapDataType
+        assert (made.type, made.rank, [*made.steps]) == (types[c.dtype], 5, [1] * 5)
+        assert (made.interleave, made.swizzle, made.fill) == (0, expected.swizzle, 0)
+
+    fields = sm90.task(x, c.cout, affine, True, cut)
+    names = [key for key, _ in sm90.Task._fields_ if key in pointers]
+    expected_task = sm90.Task(**fields | {key: pointers[key] for key in names})
+    assert ctypes.string_at(host.recorded_argument(2), sizes[2]) == bytes(expected_task)
+
+
+def test_the_launcher_refuses() -> None:
+    wanted = sm90.problem(1, 7, 16, 192, 128)
+    assert sm90.plan(wanted, 3).split == 3
+    args = sm90.Args()
+    assert b"workspace" in sm90.host().launch_sm90(ctypes.byref(args), ctypes.byref(wanted), 3, 0, None)
+    wanted.cout = 100
+    assert b"one of 128" in sm90.host().launch_sm90(ctypes.byref(args), ctypes.byref(wanted), 3, 0, None)
+
+
 def test_unsupported_says_why() -> None:
     def reason(*sizes: int, dtype: torch.dtype = HALF, sm: int = 90) -> bytes | None:
-        return sm90.planner().sm90_unsupported_for(ctypes.byref(sm90.problem(*sizes, dtype)), sm)
+        return sm90.host().sm90_unsupported_for(ctypes.byref(sm90.problem(*sizes, dtype)), sm)
 
     assert reason(1, 14, 14, 64, 128) is None
     assert b"capability 9.0" in (reason(1, 14, 14, 64, 128, sm=100) or b"")
