@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <type_traits>
 
-namespace vgg_fast::cuda::ptx {
+namespace vgg_fast::cuda::ptx90 {
 
 __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
@@ -39,6 +39,21 @@ __device__ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
           "r"(barrier),
       "r"(parity)
       : "memory");
+}
+
+// bar.sync of some of a CTA's warps: `threads` of them meet at barrier `number`.
+__device__ inline void barrier_sync(int number, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
+__device__ inline void store_shared(uint32_t address, uint32_t value) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
+__device__ inline uint32_t load_shared(uint32_t address) {
+  uint32_t value;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
 }
 
 // A box of a 5-dimensional tensor at these coordinates, innermost first; the mbarrier counts its bytes.
@@ -76,11 +91,10 @@ __device__ inline void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory");
 }
 
-// A matrix in shared memory, K-major. Core matrices are 8 rows of 16 bytes. Without swizzling `leading` is the distance
-// in bytes of two that are neighbours along k and `stride` that of two along the rows; with 128-byte swizzling a row is
-// 128 bytes and `leading` means nothing.
-__host__ __device__ constexpr uint64_t matrix_descriptor(int leading, int stride, bool swizzle128) {
-  return uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 | uint64_t(swizzle128) << 62;
+// A matrix in shared memory, K-major and not swizzled. Core matrices are 8 rows of 16 bytes, side by side; those that
+// are neighbours along k lie `leading` bytes apart, those along the rows `stride` bytes (9.7.15.5.1.2).
+__host__ __device__ constexpr uint64_t matrix_descriptor(int leading, int stride) {
+  return uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32;
 }
 
 // The descriptor of the matrix at this address; addresses are below 2^18, so that bits never carry out of the field.
@@ -115,4 +129,4 @@ __device__ inline void wgmma_m64n128k16(float (&d)[64], uint64_t a, uint64_t b, 
 #undef VGG_FAST_SIXTEEN
 #undef VGG_FAST_FOUR
 
-}  // namespace vgg_fast::cuda::ptx
+}  // namespace vgg_fast::cuda::ptx90
