@@ -69,7 +69,8 @@ MmaPlan plan_mma(const MmaProblem& p, int multiprocessors, int forced_tile, int 
       int pitch = strip + 2;
       while ((2 * pitch - strip) % 8) ++pitch;
       const int pad = ceil_div(2 * pitch, 8) * 8, halo = halo_pixels(tile.bm / 2, strip, pairs, pitch, pad);
-      const int shared = kMmaWeightStages * 3 * 32 * tile.bn + kMmaHaloStages * 32 * halo + 8 * tile.bn + 4 * halo;
+      const int shared =
+          kMmaWeightStages * 3 * 32 * (tile.bn + 4) + kMmaHaloStages * 32 * halo + 8 * tile.bn + 4 * halo;
       if (shared > kSharedLimit) continue;
       const int rows = ceil_div(p.n * strips * pairs * strip, tile.bm / 2);
       const double clocks = rows * chunk_clocks(tile, halo);
@@ -101,7 +102,6 @@ MmaArgs mma_args(const MmaProblem& p, const MmaPlan& plan) {
   args.w = static_cast<int>(p.w);
   args.cin = static_cast<int>(p.cin);
   args.cout = static_cast<int>(p.cout);
-  args.cout_stored = mma_cout_stored(args.cout);
   args.strip = plan.strip;
   args.strips = plan.strips;
   args.pairs = plan.pairs;

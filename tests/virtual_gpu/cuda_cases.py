@@ -15,7 +15,6 @@ from torch import Tensor
 
 from tests.virtual_gpu.cases import CUDA, DTYPES, ROOT, channels_last, nvcc_ptx
 from tests.virtual_gpu.launch import launch, ptx_entry
-from vgg_fast.ops import _mma_layout
 
 A100, H100 = 108, 132  # multiprocessors
 
@@ -41,7 +40,7 @@ class MmaPlan(ctypes.Structure):
 class MmaArgs(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "weight", "affine", "out", "pooled", "partial", "arrived")),
-        *((name, ctypes.c_int) for name in ("n", "h", "w", "cin", "cout", "cout_stored", "strip", "strips", "pairs")),
+        *((name, ctypes.c_int) for name in ("n", "h", "w", "cin", "cout", "strip", "strips", "pairs")),
         *((name, ctypes.c_int) for name in ("pitch", "pad", "halo", "columns", "split")),
         ("relu", ctypes.c_bool),
     ]
@@ -94,7 +93,7 @@ def conv3x3_mma(
     cut, args = plan(wanted, tile=tile, split=split), MmaArgs()
     planner().args_for(ctypes.byref(wanted), ctypes.byref(cut), ctypes.byref(args))
     fields: dict[str, Any] = {name: getattr(args, name) for name, _ in MmaArgs._fields_}
-    fields |= {"x": x, "weight": _mma_layout.pack(weight), "affine": affine, "relu": relu}
+    fields |= {"x": x, "weight": weight.permute(0, 2, 3, 1).contiguous(), "affine": affine, "relu": relu}
     results = {}
     if out:
         results["out"] = channels_last(n, cout, h, w, dtype=x.dtype)
