@@ -114,3 +114,70 @@ def test_maxpool2x2_past_2_32_threads(run_blocks: Callable[[int, int], None]) ->
 def test_a_grid_too_large_is_refused() -> None:
     args = Maxpool2x2Args(None, None, 2**20, 2**12, 2**12, 2**6, FLOAT16)
     assert b"split the batch" in cuda_on_host().launch_maxpool2x2(ctypes.byref(args))
+
+
+@pytest.fixture
+def pretend_device() -> Iterator[Callable[[int, int], int]]:
+    """Sets compute capability and multiprocessors; returns how many tensor-core launches there were since."""
+    yield cuda_on_host().pretend_device
+    cuda_on_host().pretend_device(0, 0)
+
+
+RELU, POOL, TAP = reference.Step.RELU, reference.Step.POOL, reference.Step.TAP
+PROGRAMS = {
+    "the result is a tap": [RELU | TAP, RELU, NONE := reference.Step.NONE, RELU | TAP],
+    "a tap and its pool from one launch": [RELU, RELU | POOL | TAP, POOL, RELU],
+    "no taps": [NONE, RELU, RELU | POOL, POOL],
+}
+
+
+@pytest.mark.parametrize("sm", [0, 80], ids=["plain", "tensor cores"])
+@pytest.mark.parametrize("why", PROGRAMS)
+def test_a_chain_has_the_bits_of_its_steps(pretend_device: Callable[[int, int], int], why: str, sm: int) -> None:
+    """Who reads and writes what: maps in turn in one workspace, taps, results, and the scratch of shared sums."""
+    program, channels = PROGRAMS[why], [3, 16, 24, 20, 32]
+    weights = [
+        testing.integer_tensor(cout, 3, 3, cin, limit=2, seed=cin, dtype=torch.float16)
+        for cin, cout in itertools.pairwise(channels)
+    ]
+    affines = [torch.stack([torch.full([w.shape[0]], 2.0**-5), torch.zeros(w.shape[0])]) for w in weights]
+    x, conv = testing.integer_tensor(2, 3, 14, 12, limit=4, dtype=torch.float16), load("cuda").conv3x3
+    expected, y = [], x
+    for weight, affine, step in zip(weights, affines, program, strict=True):
+        if step & TAP:
+            expected.append(conv(y, weight, affine, bool(step & RELU), False))
+        y = conv(y, weight, affine, bool(step & RELU), bool(step & POOL))
+    pretend_device(sm, 8)
+    run = torch.ops.vgg_fast_cuda_on_host.conv_stack_taps
+    actual = run(x, weights, affines, [int(step) for step in program])
+    # Cin 3, and Cin 20 with its pixels of 40 bytes, are left to the plain kernel.
+    assert pretend_device(0, 0) == (2 if sm else 0)
+    assert all(torch.equal(a, e) for a, e in zip(actual, [*expected, y], strict=True))
+    assert len({t.data_ptr() for t in actual}) == len(actual)
+
+
+def test_tensor_cores_multiply_fp32_only_as_tf32(pretend_device: Callable[[int, int], int]) -> None:
+    x, weight, affine = torch.ones(1, 64, 6, 6), torch.ones(64, 3, 3, 64), torch.ones(2, 64)
+    conv = torch.ops.vgg_fast_cuda_on_host.conv3x3
+    for tf32 in (False, True):
+        pretend_device(80, 108)
+        conv(x, weight, affine, False, False, tf32)
+        assert pretend_device(0, 0) == tf32
+    pretend_device(75, 40)
+    conv(x.half(), weight.half(), affine, False, False)
+    assert pretend_device(0, 0) == 0
+
+
+def test_a_chain_names_what_is_wrong_with_it() -> None:
+    run, stack = torch.ops.vgg_fast_cuda_on_host.conv_stack_taps, torch.ops.vgg_fast_cuda_on_host.conv_stack
+    x, weight, affine = torch.ones(1, 4, 6, 6), torch.ones(4, 3, 3, 4), torch.ones(2, 4)
+    with pytest.raises(RuntimeError, match="a program with taps returns several tensors: call conv_stack_taps"):
+        stack(x, [weight], [affine], [TAP])
+    with pytest.raises(RuntimeError, match="step 8 of the program"):
+        run(x, [weight], [affine], [8])
+    with pytest.raises(RuntimeError, match="2 weights, 1 affines and 1 program entries"):
+        run(x, [weight, weight], [affine], [0])
+    with pytest.raises(RuntimeError, match="the program is empty"):
+        run(x, [], [], [])
+    with pytest.raises(RuntimeError, match="a 1x1 map is smaller than 2x2"):
+        run(x, [weight] * 3, [affine] * 3, [POOL, POOL, POOL])
