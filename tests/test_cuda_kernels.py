@@ -4,6 +4,7 @@ test_gpu_kernels.py."""
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -123,9 +124,9 @@ def pretend_device() -> Iterator[Callable[[int, int], int]]:
     cuda_on_host().pretend_device(0, 0)
 
 
-RELU, POOL, TAP = reference.Step.RELU, reference.Step.POOL, reference.Step.TAP
+NONE, RELU, POOL, TAP = reference.Step.NONE, reference.Step.RELU, reference.Step.POOL, reference.Step.TAP
 PROGRAMS = {
-    "the result is a tap": [RELU | TAP, RELU, NONE := reference.Step.NONE, RELU | TAP],
+    "the result is a tap": [RELU | TAP, RELU, NONE, RELU | TAP],
     "a tap and its pool from one launch": [RELU, RELU | POOL | TAP, POOL, RELU],
     "no taps": [NONE, RELU, RELU | POOL, POOL],
 }
