@@ -101,15 +101,42 @@ def test_conv3x3_past_2_31_elements(run_blocks: Callable[[int, int], None]) -> N
     assert torch.equal(huge.out_pixels(huge.height, huge.width)[:, :, -1, -64:], expected[:, :, -1, -64:])
 
 
-def test_maxpool2x2_past_2_32_threads(run_blocks: Callable[[int, int], None]) -> None:
+def test_maxpool2x2_past_2_32_outputs(run_blocks: Callable[[int, int], None]) -> None:
     huge = Huge(height=4, width=2**26 + 8)
     height, width = huge.height // 2, huge.width // 2
-    items = height * width * huge.channels
-    assert items > 2**32
+    outputs = height * width * huge.channels
+    assert outputs > 2**32
+    items = outputs // 8  # 16 bytes a thread
     run_blocks(items // 128 - 16, items // 128)
     launch_maxpool2x2(huge.x, huge.out)
     expected = reference.maxpool2x2(huge.last)
-    assert torch.equal(huge.out_pixels(height, width)[:, :, -1, -32:], expected[:, :, -1, -32:])
+    assert torch.equal(huge.out_pixels(height, width)[:, :, -1, -64:], expected[:, :, -1, -64:])
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [(2, 16, 6, 16), (1, 8, 7, 8), (2, 3, 5, 7), (1, 24, 9, 11)], ids=str)
+def test_maxpool2x2_backward(size: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    """PyTorch's choice among equal values and NaN, odd edges, 16 bytes of channels or of a row, and what is neither."""
+    load("cuda")
+    x = testing.integer_tensor(*size, limit=2, dtype=dtype).contiguous(memory_format=memory_format)
+    x[0, 0, 0, 1] = x[0, 0, 1, 0] = float("nan")
+    x.requires_grad_()
+    out = torch.nn.functional.max_pool2d(x, 2)
+    grad = testing.random_tensor(*out.shape, dtype=dtype)
+    (expected,) = torch.autograd.grad(out, x, grad)
+    actual = torch.ops.vgg_fast_cuda_on_host.maxpool2x2_backward(grad, x.detach())
+    assert torch.equal(actual, expected)
+    assert actual.stride() == x.stride()
+
+
+def test_bad_gradients_of_the_pool_are_named() -> None:
+    load("cuda")
+    backward, x = torch.ops.vgg_fast_cuda_on_host.maxpool2x2_backward, torch.ones(1, 8, 4, 6)
+    with pytest.raises(RuntimeError, match=r"grad has sizes \[1, 8, 2, 2\]; expected \[1, 8, 2, 3\]"):
+        backward(torch.ones(1, 8, 2, 2), x)
+    with pytest.raises(RuntimeError, match="grad is Half and x is Float"):
+        backward(torch.ones(1, 8, 2, 3).half(), x)
 
 
 def test_a_grid_too_large_is_refused() -> None:

@@ -23,6 +23,9 @@ Tensor conv3x3(const Tensor& x, const Tensor& weight, const Tensor& affine, bool
 // Returns [N, C, H / 2, W / 2]: channels_last where x is (and is not contiguous as well), else contiguous.
 Tensor maxpool2x2(const Tensor& x);
 
+// The gradient in x of maxpool2x2(x), where grad is that in its result; in the memory format of x. Deterministic.
+Tensor maxpool2x2_backward(const Tensor& grad, const Tensor& x);
+
 // A chain of conv3x3, at least one, on one stream; bits of program[i]: 1 = ReLU, 2 = pool after convolution i.
 Tensor conv_stack(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& affines,
                   const std::vector<int64_t>& program, bool tf32);
