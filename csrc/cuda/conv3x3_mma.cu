@@ -19,7 +19,8 @@ const char* launch_tile(const MmaArgs& args, const MmaPlan& plan, Queue queue) {
 template <typename T>
 const char* launch_dtype(const MmaArgs& args, const MmaPlan& plan, Queue queue) {
   if (plan.tile == 0) return launch_tile<MmaTraits<T, 0>>(args, plan, queue);
-  return launch_tile<MmaTraits<T, 1>>(args, plan, queue);
+  if (plan.tile == 1) return launch_tile<MmaTraits<T, 1>>(args, plan, queue);
+  return launch_tile<MmaTraits<T, 2>>(args, plan, queue);
 }
 
 }  // namespace

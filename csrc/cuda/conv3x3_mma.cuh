@@ -261,7 +261,7 @@ __device__ void epilogue(const MmaArgs& a, int first_position, int first_channel
     const Place place = place_of(a, first_position + u * 8 + lane / 4);
     const int n = place.strip / a.strips, x = (place.strip - n * a.strips) * a.strip + place.column;
     const int y = 2 * (place.pair - place.strip * a.pairs);
-    const bool inside = n < a.n && x < a.w;
+    const bool inside = n < a.n && y < a.h && x < a.w;
     const int64_t pixel = (static_cast<int64_t>(n) * a.h + y) * a.w + x;
     const int64_t window = (static_cast<int64_t>(n) * (a.h / 2) + y / 2) * (a.w / 2) + x / 2;
     const bool is_window = inside && x % 2 == 0 && x + 1 < a.w && y + 1 < a.h;
@@ -288,6 +288,26 @@ __device__ void epilogue(const MmaArgs& a, int first_position, int first_channel
       }
     }
   }
+}
+
+// Where this lane's rows of the units' fragments begin in a stage of the halo; lane / 8 is the matrix of ldmatrix.
+template <class K>
+__device__ void fragment_rows(const MmaArgs& a, int first_position, int warp_m, int (&units)[K::kUnits]) {
+  const int lane = threadIdx.x % 32, lower = lane / 8 % 2, half = lane / 16;
+  const Place first = place_of(a, first_position);
+#pragma unroll
+  for (int u = 0; u < K::kUnits; ++u) {
+    const Place place = place_of(a, first_position + (warp_m * K::kUnits + u) * 8 + lane % 8);
+    const int pixel = 2 * a.pitch * (place.pair - first.pair) + a.pad * (place.strip - first.strip) + place.column;
+    units[u] = (half * a.halo + pixel + lower * a.pitch) * 16;
+  }
+}
+
+// The same of the weights.
+template <class K>
+__device__ int weight_row(int warp_n) {
+  const int lane = threadIdx.x % 32, half = lane / 8 % 2, later = lane / 16;
+  return (half * K::kPlane + warp_n * K::kColumns * 8 + later * 8 + lane % 8) * 16;
 }
 
 template <class K>
@@ -319,18 +339,9 @@ __global__ void __launch_bounds__(K::kThreads, K::kTile.resident) conv3x3_mma_ke
     ptx::cp_async_commit();
   }
 
-  // This lane's rows of the units' fragments, and of the weights'; lane / 8 is the matrix.
-  const int upper = lane / 8 % 2, later = lane / 16;
   int units[K::kUnits];
-  const Place first = place_of(a, first_position);
-#pragma unroll
-  for (int u = 0; u < K::kUnits; ++u) {
-    const Place place = place_of(a, first_position + (warp_m * K::kUnits + u) * 8 + lane % 8);
-    const int pixel = 2 * a.pitch * (place.pair - first.pair) + a.pad * (place.strip - first.strip);
-    units[u] = (later * a.halo + pixel + place.column + upper * a.pitch) * 16;
-  }
-  const int row = (upper * K::kPlane + warp_n * K::kColumns * 8 + later * 8 + lane % 8) * 16;
-
+  fragment_rows<K>(a, first_position, warp_m, units);
+  const int row = weight_row<K>(warp_n);
   const uint32_t zero = ptx::unknown_zero();
   float acc[K::kUnits][K::kColumns][4] = {};
   for (int chunk = begin; chunk < end; ++chunk) {

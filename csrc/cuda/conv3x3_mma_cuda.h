@@ -34,7 +34,8 @@ struct MmaTile {
   constexpr int warps() const { return warps_m() * warps_n(); }
 };
 
-constexpr MmaTile kMmaTiles[] = {{"256x128", 256, 128, 4, 8, 1}, {"128x64", 128, 64, 4, 4, 3}};
+constexpr MmaTile kMmaTiles[] = {
+    {"256x128", 256, 128, 4, 8, 1}, {"128x64", 128, 64, 4, 4, 3}, {"256x64", 256, 64, 4, 8, 2}};
 constexpr int kMmaWeightStages = 4, kMmaHaloStages = 2;
 
 // How a problem is cut; all a launch needs beside the pointers.

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <iterator>
 
+#include "block1_cuda.h"
 #include "conv3x3_mma_cuda.h"
 
 namespace vgg_fast::cuda {
@@ -93,6 +94,30 @@ MmaPlan plan_mma(const MmaProblem& p, int multiprocessors, int forced_tile, int 
     }
   }
   return best;
+}
+
+bool is_block1(DType dtype, int64_t cin, int64_t middle, int64_t cout) {
+  return dtype != DType::kFloat32 && cin <= 4 && middle == kBlock1Channels && cout <= kBlock1Channels;
+}
+
+MmaPlan plan_block1(int64_t n, int64_t h, int64_t w) {
+  constexpr int kTile = 2, kEdge = 16;
+  constexpr MmaTile tile = kMmaTiles[kTile];
+  static_assert(tile.bm == kEdge * kEdge && tile.bn == kBlock1Channels);
+  MmaPlan plan{};
+  plan.tile = kTile;
+  plan.strip = kEdge;
+  plan.strips = ceil_div(w, kEdge);
+  plan.pairs = ceil_div(h, kEdge) * kEdge / 2;
+  plan.pitch = kEdge + 2;
+  plan.pad = 2 * plan.pitch;  // no tile crosses it
+  plan.halo = 326;
+  plan.rows = static_cast<int>(n) * plan.strips * ceil_div(h, kEdge);
+  plan.columns = plan.split = 1;
+  // Weights, the middle map, affines, the table of its pixels, the image, the first weights.
+  plan.shared_bytes = kMmaWeightStages * 6 * (tile.bn + 4) * 16 + kBlock1Channels / 8 * plan.halo * 16 +
+                      2 * 2 * kBlock1Channels * 4 + 18 * 18 * 4 + 20 * 20 * 8 + kBlock1Channels * 40 * 2;
+  return plan;
 }
 
 MmaArgs mma_args(const MmaProblem& p, const MmaPlan& plan) {
