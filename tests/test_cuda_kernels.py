@@ -184,6 +184,25 @@ def test_a_chain_has_the_bits_of_its_steps(pretend_device: Callable[[int, int], 
     assert len({t.data_ptr() for t in actual}) == len(actual)
 
 
+@pytest.mark.parametrize("program", [[RELU, RELU | POOL, RELU], [NONE, RELU | POOL | TAP], [RELU | TAP, RELU]], ids=str)
+def test_the_first_block_is_one_launch(pretend_device: Callable[[int, int], int], program: list[int]) -> None:
+    """But not where somebody wants to see what lies between its two convolutions."""
+    channels = [3, 64, 64, 16][: len(program) + 1]
+    weights = [
+        testing.integer_tensor(cout, 3, 3, cin, limit=2, seed=cin, dtype=torch.float16)
+        for cin, cout in itertools.pairwise(channels)
+    ]
+    affines = [torch.stack([torch.full([w.shape[0]], 2.0**-6), torch.ones(w.shape[0])]) for w in weights]
+    x, run = testing.integer_tensor(1, 3, 10, 12, dtype=torch.float16, limit=4), cuda_on_host()
+    stack, steps = torch.ops.vgg_fast_cuda_on_host.conv_stack_taps, [int(step) for step in program]
+    expected = stack(x, weights, affines, steps)
+    assert run.pretend_device(80, 108) == 0
+    actual = stack(x, weights, affines, steps)
+    assert pretend_device(0, 0) == len(program) - 1
+    assert run.block1_launches() == (program[0] & TAP == 0)
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
 def test_tensor_cores_multiply_fp32_only_as_tf32(pretend_device: Callable[[int, int], int]) -> None:
     x, weight, affine = torch.ones(1, 64, 6, 6), torch.ones(64, 3, 3, 64), torch.ones(2, 64)
     conv = torch.ops.vgg_fast_cuda_on_host.conv3x3

@@ -30,7 +30,7 @@ Workspace workspace_of(const std::vector<Layer>& layers) {
   for (const Layer& layer : layers) {
     w.partial = std::max(w.partial, aligned(layer.plan.partial_bytes));
     w.counters = std::max(w.counters, aligned(layer.plan.counter_bytes));
-    const bool in_workspace = &layer != &layers.back() && (layer.pool() || !layer.tap());
+    const bool in_workspace = &layer != &layers.back() && !layer.in_next && (layer.pool() || !layer.tap());
     const int64_t pixels = layer.args.n * layer.out_h() * layer.out_w();
     if (in_workspace) w.map = std::max(w.map, aligned(pixels * layer.args.cout * element_size(layer.args.dtype)));
   }
@@ -63,6 +63,7 @@ std::vector<Tensor> conv_stack_taps(const Tensor& any_x, const std::vector<Tenso
     h = layers.back().out_h();
     w = layers.back().out_w();
   }
+  fuse_first_block(layers);
 
   const Tensor x = torch::stable::contiguous(any_x, torch::headeronly::MemoryFormat::ChannelsLast);
   const Workspace plan = workspace_of(layers);
@@ -78,6 +79,7 @@ std::vector<Tensor> conv_stack_taps(const Tensor& any_x, const std::vector<Tenso
   const void* from = x.const_data_ptr();
   for (size_t i = 0; i < layers.size(); ++i) {
     const Layer& layer = layers[i];
+    if (layer.in_next) continue;
     const bool last = i + 1 == layers.size();
     void* full = nullptr;
     void* to = memory + plan.map_at(i);
@@ -90,8 +92,12 @@ std::vector<Tensor> conv_stack_taps(const Tensor& any_x, const std::vector<Tenso
       results.push_back(empty_map(x, layer, layer.out_h(), layer.out_w()));
       to = results.back().mutable_data_ptr();
     }
-    launch_layer(layer, from, layer.pool() ? full : to, layer.pool() ? to : nullptr, memory,
-                 memory + plan.counters_at(), queue);
+    if (!layer.pool()) full = to;
+    void* pooled = layer.pool() ? to : nullptr;
+    if (layer.with_previous)
+      launch_first_block(layers[i - 1], layer, from, full, pooled, queue);
+    else
+      launch_layer(layer, from, full, pooled, memory, memory + plan.counters_at(), queue);
     // An operator may not return one tensor twice.
     if (last && layer.tap() && !layer.pool()) results.push_back(torch::stable::clone(results.back()));
     from = to;

@@ -4,7 +4,9 @@
 
 #include <cstring>
 #include <utility>
+#include <vector>
 
+#include "block1_cuda.h"
 #include "conv3x3_cuda.h"
 #include "conv3x3_mma_cuda.h"
 #include "cuda_runtime.h"
@@ -17,7 +19,7 @@ namespace vgg_fast::cuda {
 DeviceScope::DeviceScope(const torch::stable::Tensor&) {}
 
 static DeviceLimits limits{};  // none: the plain kernels
-static int tensor_core_launches = 0;
+static int tensor_core_launches = 0, first_blocks = 0;
 
 DeviceLimits device_limits(int) { return limits; }
 
@@ -34,6 +36,19 @@ const char* launch_conv3x3_mma(const MmaArgs& a, DType dtype, const MmaPlan& pla
   plain.out = a.pooled;
   plain.pool = true;
   return a.pooled ? launch_conv3x3(plain, queue) : nullptr;
+}
+
+// The same for the first block.
+const char* launch_block1(const Block1Args& a, DType dtype, const MmaPlan& plan, Queue queue) {
+  ++first_blocks;
+  const MmaArgs& b = a.second;
+  std::vector<uint16_t> middle(static_cast<size_t>(b.n) * b.h * b.w * kBlock1Channels);
+  const Conv3x3Args first{a.x, a.weight, a.affine,        middle.data(), b.n,    b.h,
+                          b.w, a.cin,    kBlock1Channels, dtype,         a.relu, false};
+  if (const char* message = launch_conv3x3(first, queue)) return message;
+  MmaArgs second = b;
+  second.x = middle.data();
+  return launch_conv3x3_mma(second, dtype, plan, queue);
 }
 
 }  // namespace vgg_fast::cuda
@@ -61,6 +76,8 @@ __attribute__((visibility("default"))) int pretend_device(int sm, int multiproce
   vgg_fast::cuda::limits = {sm, multiprocessors};
   return std::exchange(vgg_fast::cuda::tensor_core_launches, 0);
 }
+
+__attribute__((visibility("default"))) int block1_launches() { return std::exchange(vgg_fast::cuda::first_blocks, 0); }
 
 __attribute__((visibility("default"))) void run_blocks(unsigned first, unsigned last) {
   first_block = first;
