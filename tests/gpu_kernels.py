@@ -23,6 +23,8 @@ from torch import Tensor
 
 from vgg_fast import gpu_facts, library, testing
 
+# Their threads wait for each other: they run on the virtual GPU (virtual_gpu/test_cuda_*.py), not thread by thread.
+TENSOR_CORES = ("block1.cu", "conv3x3_mma.cu", "conv3x3_sm90.cu")
 ROOT = Path(__file__).resolve().parents[1]
 CUDA = ROOT / "csrc" / "cuda"
 ON_HOST = ROOT / "tests" / "cuda_on_host"
@@ -133,7 +135,7 @@ def cuda_on_host() -> ctypes.CDLL:
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
     if compiler is None:
         pytest.skip("no C++ compiler on the PATH to compile csrc/cuda for the CPU")
-    not_on_host = ("bindings_cuda.cpp", "torch_device.cpp", "conv3x3_sm90.cu")  # the last runs on the virtual GPU alone
+    not_on_host = ("bindings_cuda.cpp", "torch_device.cpp", *TENSOR_CORES)
     sources = [s for s in sorted([*CUDA.glob("*.cu"), *CUDA.glob("*.cpp")]) if s.name not in not_on_host]
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "cuda_on_host.so"

@@ -4,6 +4,7 @@ test_gpu_kernels.py."""
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -100,17 +101,130 @@ def test_conv3x3_past_2_31_elements(run_blocks: Callable[[int, int], None]) -> N
     assert torch.equal(huge.out_pixels(huge.height, huge.width)[:, :, -1, -64:], expected[:, :, -1, -64:])
 
 
-def test_maxpool2x2_past_2_32_threads(run_blocks: Callable[[int, int], None]) -> None:
+def test_maxpool2x2_past_2_32_outputs(run_blocks: Callable[[int, int], None]) -> None:
     huge = Huge(height=4, width=2**26 + 8)
     height, width = huge.height // 2, huge.width // 2
-    items = height * width * huge.channels
-    assert items > 2**32
+    outputs = height * width * huge.channels
+    assert outputs > 2**32
+    items = outputs // 8  # 16 bytes a thread
     run_blocks(items // 128 - 16, items // 128)
     launch_maxpool2x2(huge.x, huge.out)
     expected = reference.maxpool2x2(huge.last)
-    assert torch.equal(huge.out_pixels(height, width)[:, :, -1, -32:], expected[:, :, -1, -32:])
+    assert torch.equal(huge.out_pixels(height, width)[:, :, -1, -64:], expected[:, :, -1, -64:])
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [(2, 16, 6, 16), (1, 8, 7, 8), (2, 3, 5, 7), (1, 24, 9, 11)], ids=str)
+def test_maxpool2x2_backward(size: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    """PyTorch's choice among equal values and NaN, odd edges, 16 bytes of channels or of a row, and what is neither."""
+    load("cuda")
+    x = testing.integer_tensor(*size, limit=2, dtype=dtype).contiguous(memory_format=memory_format)
+    x[0, 0, 0, 1] = x[0, 0, 1, 0] = float("nan")
+    x.requires_grad_()
+    out = torch.nn.functional.max_pool2d(x, 2)
+    grad = testing.random_tensor(*out.shape, dtype=dtype)
+    (expected,) = torch.autograd.grad(out, x, grad)
+    actual = torch.ops.vgg_fast_cuda_on_host.maxpool2x2_backward(grad, x.detach())
+    assert torch.equal(actual, expected)
+    assert actual.stride() == x.stride()
+
+
+def test_bad_gradients_of_the_pool_are_named() -> None:
+    load("cuda")
+    backward, x = torch.ops.vgg_fast_cuda_on_host.maxpool2x2_backward, torch.ones(1, 8, 4, 6)
+    with pytest.raises(RuntimeError, match=r"grad has sizes \[1, 8, 2, 2\]; expected \[1, 8, 2, 3\]"):
+        backward(torch.ones(1, 8, 2, 2), x)
+    with pytest.raises(RuntimeError, match="grad is Half and x is Float"):
+        backward(torch.ones(1, 8, 2, 3).half(), x)
 
 
 def test_a_grid_too_large_is_refused() -> None:
     args = Maxpool2x2Args(None, None, 2**20, 2**12, 2**12, 2**6, FLOAT16)
     assert b"split the batch" in cuda_on_host().launch_maxpool2x2(ctypes.byref(args))
+
+
+@pytest.fixture
+def pretend_device() -> Iterator[Callable[[int, int], int]]:
+    """Sets compute capability and multiprocessors; returns how many tensor-core launches there were since."""
+    yield cuda_on_host().pretend_device
+    cuda_on_host().pretend_device(0, 0)
+
+
+NONE, RELU, POOL, TAP = reference.Step.NONE, reference.Step.RELU, reference.Step.POOL, reference.Step.TAP
+PROGRAMS = {
+    "the result is a tap": [RELU | TAP, RELU, NONE, RELU | TAP],
+    "a tap and its pool from one launch": [RELU, RELU | POOL | TAP, POOL, RELU],
+    "no taps": [NONE, RELU, RELU | POOL, POOL],
+}
+
+
+@pytest.mark.parametrize("sm", [0, 80], ids=["plain", "tensor cores"])
+@pytest.mark.parametrize("why", PROGRAMS)
+def test_a_chain_has_the_bits_of_its_steps(pretend_device: Callable[[int, int], int], why: str, sm: int) -> None:
+    """Who reads and writes what: maps in turn in one workspace, taps, results, and the scratch of shared sums."""
+    program, channels = PROGRAMS[why], [3, 16, 24, 20, 32]
+    weights = [
+        testing.integer_tensor(cout, 3, 3, cin, limit=2, seed=cin, dtype=torch.float16)
+        for cin, cout in itertools.pairwise(channels)
+    ]
+    affines = [torch.stack([torch.full([w.shape[0]], 2.0**-5), torch.zeros(w.shape[0])]) for w in weights]
+    x, conv = testing.integer_tensor(2, 3, 14, 12, limit=4, dtype=torch.float16), load("cuda").conv3x3
+    expected, y = [], x
+    for weight, affine, step in zip(weights, affines, program, strict=True):
+        if step & TAP:
+            expected.append(conv(y, weight, affine, bool(step & RELU), False))
+        y = conv(y, weight, affine, bool(step & RELU), bool(step & POOL))
+    pretend_device(sm, 8)
+    run = torch.ops.vgg_fast_cuda_on_host.conv_stack_taps
+    actual = run(x, weights, affines, [int(step) for step in program])
+    # Cin 3, and Cin 20 with its pixels of 40 bytes, are left to the plain kernel.
+    assert pretend_device(0, 0) == (2 if sm else 0)
+    assert all(torch.equal(a, e) for a, e in zip(actual, [*expected, y], strict=True))
+    assert len({t.data_ptr() for t in actual}) == len(actual)
+
+
+@pytest.mark.parametrize("program", [[RELU, RELU | POOL, RELU], [NONE, RELU | POOL | TAP], [RELU | TAP, RELU]], ids=str)
+def test_the_first_block_is_one_launch(pretend_device: Callable[[int, int], int], program: list[int]) -> None:
+    """But not where somebody wants to see what lies between its two convolutions."""
+    channels = [3, 64, 64, 16][: len(program) + 1]
+    weights = [
+        testing.integer_tensor(cout, 3, 3, cin, limit=2, seed=cin, dtype=torch.float16)
+        for cin, cout in itertools.pairwise(channels)
+    ]
+    affines = [torch.stack([torch.full([w.shape[0]], 2.0**-6), torch.ones(w.shape[0])]) for w in weights]
+    x, run = testing.integer_tensor(1, 3, 10, 12, dtype=torch.float16, limit=4), cuda_on_host()
+    stack, steps = torch.ops.vgg_fast_cuda_on_host.conv_stack_taps, [int(step) for step in program]
+    expected = stack(x, weights, affines, steps)
+    assert run.pretend_device(80, 108) == 0
+    actual = stack(x, weights, affines, steps)
+    assert pretend_device(0, 0) == len(program) - 1
+    assert run.block1_launches() == (program[0] & TAP == 0)
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+def test_tensor_cores_multiply_fp32_only_as_tf32(pretend_device: Callable[[int, int], int]) -> None:
+    x, weight, affine = torch.ones(1, 64, 6, 6), torch.ones(64, 3, 3, 64), torch.ones(2, 64)
+    conv = torch.ops.vgg_fast_cuda_on_host.conv3x3
+    for tf32 in (False, True):
+        pretend_device(80, 108)
+        conv(x, weight, affine, False, False, tf32)
+        assert pretend_device(0, 0) == tf32
+    pretend_device(75, 40)
+    conv(x.half(), weight.half(), affine, False, False)
+    assert pretend_device(0, 0) == 0
+
+
+def test_a_chain_names_what_is_wrong_with_it() -> None:
+    run, stack = torch.ops.vgg_fast_cuda_on_host.conv_stack_taps, torch.ops.vgg_fast_cuda_on_host.conv_stack
+    x, weight, affine = torch.ones(1, 4, 6, 6), torch.ones(4, 3, 3, 4), torch.ones(2, 4)
+    with pytest.raises(RuntimeError, match="a program with taps returns several tensors: call conv_stack_taps"):
+        stack(x, [weight], [affine], [TAP])
+    with pytest.raises(RuntimeError, match="step 8 of the program"):
+        run(x, [weight], [affine], [8])
+    with pytest.raises(RuntimeError, match="2 weights, 1 affines and 1 program entries"):
+        run(x, [weight, weight], [affine], [0])
+    with pytest.raises(RuntimeError, match="the program is empty"):
+        run(x, [], [], [])
+    with pytest.raises(RuntimeError, match="a 1x1 map is smaller than 2x2"):
+        run(x, [weight] * 3, [affine] * 3, [POOL, POOL, POOL])

@@ -15,8 +15,8 @@
 // A unit's 4 halo rows are loaded once per kernel column and serve its three taps from registers: the fragment of
 // the pair (y, y + 1) shifted by one row is that of (y + 1, y + 2).
 //
-// The weights' output channels are permuted (cout_order in vgg_fast/ops/pack.py), so that the sums a thread ends up
-// with are of 16 bytes of neighbouring channels: they leave from the registers, four lanes together 64 bytes.
+// The weights' output channels are permuted on their way in, so that the sums a thread ends up with are of 16 bytes of
+// neighbouring channels: they leave from the registers, four lanes together 64 bytes.
 //
 // The order of the sum is fixed by (cin, split): the same bits run to run and for any place in the batch.
 #pragma once
@@ -35,11 +35,11 @@ struct MmaTraits {
   static constexpr MmaTile kTile = kMmaTiles[kTileIndex];
   static constexpr int kUnits = kTile.units, kColumns = kTile.columns, kBn = kTile.bn, kWarpsN = kTile.warps_n();
   static constexpr int kThreads = 32 * kTile.warps();
-  static constexpr int kPositions = kTile.bm / 2;          // of a tile, two pixels each
-  static constexpr int kUnit = 16 / sizeof(T);             // channels in 16 bytes
-  static constexpr int kWeightStage = 3 * 2 * kBn * 16;    // bytes: kh, half, output channel
-  static constexpr int kSlots = 3 * 2 * kBn / kThreads;    // 16-byte copies of a thread for one
-  static constexpr int kVectors = kColumns / (kUnit / 2);  // 16-byte stores of a thread for one pixel
+  static constexpr int kPositions = kTile.bm / 2;           // of a tile, two pixels each
+  static constexpr int kUnit = 16 / sizeof(T);              // channels in 16 bytes
+  static constexpr int kPlane = kBn + 4;                    // rows; 4 more, so that two planes lie in different banks
+  static constexpr int kWeightStage = 3 * 2 * kPlane * 16;  // bytes: kh, half, output channel
+  static constexpr int kVectors = kColumns / (kUnit / 2);   // 16-byte stores of a thread for one pixel
 };
 
 // A position (see conv3x3_mma_cuda.h) taken apart.
@@ -90,7 +90,7 @@ __device__ void load_halo(const MmaArgs& a, const int* table, int count, uint32_
     if (i >= count) return;
     const int pixel = table[i];
     const bool inside = pixel >= 0 && channel < a.cin;
-    ptx::cp_async(stage + i * 16, inside ? x + static_cast<int64_t>(pixel) * a.cin : a.x, inside ? 16 : 0);
+    ptx::cp_async(stage + i * 16, x + static_cast<int64_t>(pixel) * a.cin, inside ? 16 : 0);
   };
   constexpr int kUsual = 4;  // times kEach pixels are most tiles; without a loop they mix with the products
 #pragma unroll
@@ -99,27 +99,40 @@ __device__ void load_halo(const MmaArgs& a, const int* table, int count, uint32_
   for (int first = kUsual * kEach; first < count; first += kEach) copy(first + threadIdx.x / 2);
 }
 
-// What a thread copies of each step's weights: one row of bn in every kThreads / bn-th of 6 runs of cout_stored rows.
+// What a thread copies of each step's weights, step after step: 16 bytes of one output channel for each kh. Two threads
+// to a channel: a whole sector.
 template <class K>
 struct WeightLoader {
-  const char* next;
-  int64_t run;  // bytes
-  int bytes;    // 0 in the columns of a tile that no weights are stored for
+  const char* from[3];  // by kh
+  int tap;              // bytes from a tap to the next
+  int channel;          // of the input: of the half chunk that is copied next
+  uint32_t offset;      // in the stage
+  bool inside;
 
-  __device__ WeightLoader(const MmaArgs& a, int first_row, int step) {
-    static_assert(K::kThreads % K::kBn == 0);
-    const int row = first_row + threadIdx.x % K::kBn;
-    const bool inside = row < a.cout_stored;
-    run = a.cout_stored * 16;
-    next = static_cast<const char*>(a.weight) + (step * 6 + threadIdx.x / K::kBn) * run + (inside ? row * 16 : 0);
-    bytes = inside ? 16 : 0;
+  __device__ WeightLoader(const MmaArgs& a, int first_channel, int chunk) {
+    static_assert(K::kThreads == 2 * K::kBn);
+    const int half = threadIdx.x % 2, row = threadIdx.x / 2;
+    // Rows 8 j + 2 t + e of a block of 4 * kUnit are channels kUnit * t + 2 j + e: lane t of four then ends up with
+    // the sums of kUnit neighbouring channels, its share of kUnit / 2 columns of mma.
+    constexpr int kBlock = 4 * K::kUnit;
+    const int co = first_channel + row / kBlock * kBlock + row % 8 / 2 * K::kUnit + row % kBlock / 8 * 2 + row % 2;
+    inside = co < a.cout;
+    tap = a.cin * static_cast<int>(sizeof(typename K::T));
+    channel = (2 * chunk + half) * K::kUnit;
+    offset = (half * K::kPlane + row) * 16;
+    for (int kh = 0; kh < 3; ++kh)
+      from[kh] =
+          static_cast<const char*>(a.weight) + (int64_t{9} * (inside ? co : 0) + 3 * kh) * tap + chunk * 32 + half * 16;
   }
 
-  __device__ void load(uint32_t stage) {
+  __device__ void load(const MmaArgs& a, uint32_t stage, int kw) {
 #pragma unroll
-    for (int slot = 0; slot < K::kSlots; ++slot)
-      ptx::cp_async(stage + (slot * K::kThreads + threadIdx.x) * 16, next + slot * (K::kThreads / K::kBn) * run, bytes);
-    next += 6 * run;
+    for (int kh = 0; kh < 3; ++kh) {
+      // Nothing is read where the size is 0, wherever the address may lie.
+      ptx::cp_async(stage + offset + kh * 2 * K::kPlane * 16, from[kh], inside && channel < a.cin ? 16 : 0);
+      from[kh] += kw < 2 ? tap : 32 - 2 * tap;
+    }
+    if (kw == 2) channel += 2 * K::kUnit;
   }
 };
 
@@ -147,7 +160,12 @@ __device__ void multiply(const MmaArgs& a, const int (&units)[K::kUnits], uint32
   for (int kh = 0; kh < 3; ++kh) {
     uint32_t b[K::kColumns / 2][4];
 #pragma unroll
-    for (int j = 0; j < K::kColumns / 2; ++j) ptx::ldmatrix_x4(b[j], weights + (kh * 2 * K::kBn + j * 16) * 16);
+    for (int j = 0; j < K::kColumns / 2; ++j) {
+      ptx::ldmatrix_x4(b[j], weights + (kh * 2 * K::kPlane + j * 16) * 16);
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (kTf32) b[j][i] = ptx::to_tf32(b[j][i]);
+    }
 #pragma unroll
     for (int u = 0; u < K::kUnits; ++u) {
       const uint32_t* f = rows[u][kh];
@@ -243,7 +261,7 @@ __device__ void epilogue(const MmaArgs& a, int first_position, int first_channel
     const Place place = place_of(a, first_position + u * 8 + lane / 4);
     const int n = place.strip / a.strips, x = (place.strip - n * a.strips) * a.strip + place.column;
     const int y = 2 * (place.pair - place.strip * a.pairs);
-    const bool inside = n < a.n && x < a.w;
+    const bool inside = n < a.n && y < a.h && x < a.w;
     const int64_t pixel = (static_cast<int64_t>(n) * a.h + y) * a.w + x;
     const int64_t window = (static_cast<int64_t>(n) * (a.h / 2) + y / 2) * (a.w / 2) + x / 2;
     const bool is_window = inside && x % 2 == 0 && x + 1 < a.w && y + 1 < a.h;
@@ -272,11 +290,31 @@ __device__ void epilogue(const MmaArgs& a, int first_position, int first_channel
   }
 }
 
+// Where this lane's rows of the units' fragments begin in a stage of the halo; lane / 8 is the matrix of ldmatrix.
+template <class K>
+__device__ void fragment_rows(const MmaArgs& a, int first_position, int warp_m, int (&units)[K::kUnits]) {
+  const int lane = threadIdx.x % 32, lower = lane / 8 % 2, half = lane / 16;
+  const Place first = place_of(a, first_position);
+#pragma unroll
+  for (int u = 0; u < K::kUnits; ++u) {
+    const Place place = place_of(a, first_position + (warp_m * K::kUnits + u) * 8 + lane % 8);
+    const int pixel = 2 * a.pitch * (place.pair - first.pair) + a.pad * (place.strip - first.strip) + place.column;
+    units[u] = (half * a.halo + pixel + lower * a.pitch) * 16;
+  }
+}
+
+// The same of the weights.
+template <class K>
+__device__ int weight_row(int warp_n) {
+  const int lane = threadIdx.x % 32, half = lane / 8 % 2, later = lane / 16;
+  return (half * K::kPlane + warp_n * K::kColumns * 8 + later * 8 + lane % 8) * 16;
+}
+
 template <class K>
 __global__ void __launch_bounds__(K::kThreads, K::kTile.resident) conv3x3_mma_kernel(const MmaArgs a) {
   extern __shared__ __align__(16) unsigned char memory[];
   const int part = blockIdx.x % a.split, tile = blockIdx.x / a.split;
-  const int first_row = tile % a.columns * K::kBn, first_position = tile / a.columns * K::kPositions;
+  const int first_channel = tile % a.columns * K::kBn, first_position = tile / a.columns * K::kPositions;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int warp_m = warp / K::kWarpsN, warp_n = warp % K::kWarpsN;
 
@@ -286,33 +324,24 @@ __global__ void __launch_bounds__(K::kThreads, K::kTile.resident) conv3x3_mma_ke
   int* table = reinterpret_cast<int*>(affine + 2 * K::kBn);
   const int count = fill_table<K>(a, first_position, table);
   for (int i = threadIdx.x; i < 2 * K::kBn; i += K::kThreads) {
-    const int co = first_row + i % K::kBn;
+    const int co = first_channel + i % K::kBn;
     affine[i] = co < a.cout ? a.affine[i / K::kBn * a.cout + co] : 0.0f;
   }
   __syncthreads();
 
   const int chunks = (a.cin + 2 * K::kUnit - 1) / (2 * K::kUnit);
   const int begin = chunks * part / a.split, end = chunks * (part + 1) / a.split;
-  WeightLoader<K> loader(a, first_row, 3 * begin);
+  WeightLoader<K> loader(a, first_channel, begin);
   load_halo<K>(a, table, count, halo + begin % 2 * halo_stage, begin);
 #pragma unroll
   for (int kw = 0; kw < 3; ++kw) {
-    loader.load(weights + (3 * begin + kw) % kMmaWeightStages * K::kWeightStage);
+    loader.load(a, weights + (3 * begin + kw) % kMmaWeightStages * K::kWeightStage, kw);
     ptx::cp_async_commit();
   }
 
-  // This lane's rows of the units' fragments, and of the weights'; lane / 8 is the matrix.
-  const int upper = lane / 8 % 2, later = lane / 16;
   int units[K::kUnits];
-  const Place first = place_of(a, first_position);
-#pragma unroll
-  for (int u = 0; u < K::kUnits; ++u) {
-    const Place place = place_of(a, first_position + (warp_m * K::kUnits + u) * 8 + lane % 8);
-    const int pixel = 2 * a.pitch * (place.pair - first.pair) + a.pad * (place.strip - first.strip);
-    units[u] = (later * a.halo + pixel + place.column + upper * a.pitch) * 16;
-  }
-  const int row = (upper * K::kBn + warp_n * K::kColumns * 8 + later * 8 + lane % 8) * 16;
-
+  fragment_rows<K>(a, first_position, warp_m, units);
+  const int row = weight_row<K>(warp_n);
   const uint32_t zero = ptx::unknown_zero();
   float acc[K::kUnits][K::kColumns][4] = {};
   for (int chunk = begin; chunk < end; ++chunk) {
@@ -322,7 +351,7 @@ __global__ void __launch_bounds__(K::kThreads, K::kTile.resident) conv3x3_mma_ke
       ptx::cp_async_wait<2>();  // this step has come: the two latest groups are of the next two
       __syncthreads();          // for everybody, and everybody is done with the stages that are filled now
       if (chunk + 1 < end) {
-        loader.load(weights + (step + 3) % kMmaWeightStages * K::kWeightStage);
+        loader.load(a, weights + (step + 3) % kMmaWeightStages * K::kWeightStage, kw);
         if (kw == 0) load_halo<K>(a, table, count, halo + (chunk + 1) % 2 * halo_stage, chunk + 1);
       }
       ptx::cp_async_commit();
@@ -333,7 +362,7 @@ __global__ void __launch_bounds__(K::kThreads, K::kTile.resident) conv3x3_mma_ke
 
   if (a.split > 1 && !join<K>(a, tile, part, acc)) return;
   const int channel = warp_n * K::kColumns * 8 + lane % 4 * K::kUnit;
-  epilogue<K>(a, first_position + warp_m * K::kUnits * 8, first_row + channel, affine + channel, acc);
+  epilogue<K>(a, first_position + warp_m * K::kUnits * 8, first_channel + channel, affine + channel, acc);
 }
 
 }  // namespace vgg_fast::cuda

@@ -34,7 +34,8 @@ struct MmaTile {
   constexpr int warps() const { return warps_m() * warps_n(); }
 };
 
-constexpr MmaTile kMmaTiles[] = {{"256x128", 256, 128, 4, 8, 1}, {"128x64", 128, 64, 4, 4, 3}};
+constexpr MmaTile kMmaTiles[] = {
+    {"256x128", 256, 128, 4, 8, 1}, {"128x64", 128, 64, 4, 4, 3}, {"256x64", 256, 64, 4, 8, 2}};
 constexpr int kMmaWeightStages = 4, kMmaHaloStages = 2;
 
 // How a problem is cut; all a launch needs beside the pointers.
@@ -68,21 +69,17 @@ MmaPlan plan_mma(const MmaProblem& problem, int multiprocessors, int tile = -1, 
 //   y[n, y, x, co]   = relu(scale[co] * sum[n, y, x, co] + shift[co])
 struct MmaArgs {
   const void* x;        // [n, h, w, cin], dtype
-  const void* weight;   // [ceil(cin / 2u), kw 3, kh 3, 2, cout_stored, u], dtype; u = 16 bytes of channels. Channels
-                        // past the last are zeros; the order of the output channels is that of cout_order()
+  const void* weight;   // [cout, 3, 3, cin], dtype
   const float* affine;  // [2, cout]: scale >= 0, so that the maximum may be taken over the sums, and shift
   void* out;            // y: [n, h, w, cout], dtype, or null
   void* pooled;         // y's maxima over 2x2 windows: [n, h / 2, w / 2, cout], dtype, or null
   float* partial;       // [tiles, split, bm * bn], or null without split
   unsigned* arrived;    // [tiles] zeros, and zeros afterwards
-  int n, h, w, cin, cout, cout_stored;
+  int n, h, w, cin, cout;
   int strip, strips, pairs, pitch, pad, halo;
   int columns, split;
   bool relu;
 };
-
-// Rows of 16 bytes that a packed weight has for cout output channels: whole blocks of 32.
-constexpr int mma_cout_stored(int cout) { return (cout + 31) / 32 * 32; }
 
 // Fills in what follows from the plan.
 MmaArgs mma_args(const MmaProblem& problem, const MmaPlan& plan);

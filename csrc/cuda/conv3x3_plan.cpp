@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <iterator>
 
+#include "block1_cuda.h"
 #include "conv3x3_mma_cuda.h"
 
 namespace vgg_fast::cuda {
@@ -69,7 +70,8 @@ MmaPlan plan_mma(const MmaProblem& p, int multiprocessors, int forced_tile, int 
       int pitch = strip + 2;
       while ((2 * pitch - strip) % 8) ++pitch;
       const int pad = ceil_div(2 * pitch, 8) * 8, halo = halo_pixels(tile.bm / 2, strip, pairs, pitch, pad);
-      const int shared = kMmaWeightStages * 3 * 32 * tile.bn + kMmaHaloStages * 32 * halo + 8 * tile.bn + 4 * halo;
+      const int shared =
+          kMmaWeightStages * 3 * 32 * (tile.bn + 4) + kMmaHaloStages * 32 * halo + 8 * tile.bn + 4 * halo;
       if (shared > kSharedLimit) continue;
       const int rows = ceil_div(p.n * strips * pairs * strip, tile.bm / 2);
       const double clocks = rows * chunk_clocks(tile, halo);
@@ -94,6 +96,30 @@ MmaPlan plan_mma(const MmaProblem& p, int multiprocessors, int forced_tile, int 
   return best;
 }
 
+bool is_block1(DType dtype, int64_t cin, int64_t middle, int64_t cout) {
+  return dtype != DType::kFloat32 && cin <= 4 && middle == kBlock1Channels && cout <= kBlock1Channels;
+}
+
+MmaPlan plan_block1(int64_t n, int64_t h, int64_t w) {
+  constexpr int kTile = 2, kEdge = 16;
+  constexpr MmaTile tile = kMmaTiles[kTile];
+  static_assert(tile.bm == kEdge * kEdge && tile.bn == kBlock1Channels);
+  MmaPlan plan{};
+  plan.tile = kTile;
+  plan.strip = kEdge;
+  plan.strips = ceil_div(w, kEdge);
+  plan.pairs = ceil_div(h, kEdge) * kEdge / 2;
+  plan.pitch = kEdge + 2;
+  plan.pad = 2 * plan.pitch;  // no tile crosses it
+  plan.halo = 326;
+  plan.rows = static_cast<int>(n) * plan.strips * ceil_div(h, kEdge);
+  plan.columns = plan.split = 1;
+  // Weights, the middle map, affines, the table of its pixels, the image, the first weights.
+  plan.shared_bytes = kMmaWeightStages * 6 * (tile.bn + 4) * 16 + kBlock1Channels / 8 * plan.halo * 16 +
+                      2 * 2 * kBlock1Channels * 4 + 18 * 18 * 4 + 20 * 20 * 8 + kBlock1Channels * 40 * 2;
+  return plan;
+}
+
 MmaArgs mma_args(const MmaProblem& p, const MmaPlan& plan) {
   MmaArgs args{};
   args.n = static_cast<int>(p.n);
@@ -101,7 +127,6 @@ MmaArgs mma_args(const MmaProblem& p, const MmaPlan& plan) {
   args.w = static_cast<int>(p.w);
   args.cin = static_cast<int>(p.cin);
   args.cout = static_cast<int>(p.cout);
-  args.cout_stored = mma_cout_stored(args.cout);
   args.strip = plan.strip;
   args.strips = plan.strips;
   args.pairs = plan.pairs;

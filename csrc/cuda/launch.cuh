@@ -23,17 +23,13 @@ const char* launch_blocks(void (*kernel)(Args), int64_t blocks, int threads, int
                           Queue queue) {
   if (blocks == 0) return nullptr;
   if (blocks > INT32_MAX) return "more than 2^31 - 1 blocks; split the batch";
-  cudaError_t error = cudaSetDevice(queue.device);
-  if (error == cudaSuccess && shared_bytes > 48 << 10)  // what every kernel may have without asking
-    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 shared_bytes);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
+  if (cudaError_t error = cudaSetDevice(queue.device); error != cudaSuccess) return cudaGetErrorString(error);
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = static_cast<cudaStream_t>(queue.stream);
-  error = cudaLaunchKernelEx(&config, kernel, args);
+  cudaError_t error = cudaLaunchKernelEx(&config, kernel, args);
   if (error == cudaSuccess) error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

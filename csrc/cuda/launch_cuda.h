@@ -11,4 +11,12 @@ struct Queue {
   void* stream;
 };
 
+// What the choice of a kernel asks of a device.
+struct DeviceLimits {
+  int sm;  // compute capability, 80 for 8.0
+  int multiprocessors;
+};
+
+DeviceLimits device_limits(int device);
+
 }  // namespace vgg_fast::cuda

@@ -2,7 +2,13 @@
 // Only the device and stream are other.
 #include <torch/csrc/stable/library.h>
 
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "block1_cuda.h"
 #include "conv3x3_cuda.h"
+#include "conv3x3_mma_cuda.h"
 #include "cuda_runtime.h"
 #include "maxpool2x2_cuda.h"
 #include "torch_device.h"
@@ -12,22 +18,66 @@ namespace vgg_fast::cuda {
 
 DeviceScope::DeviceScope(const torch::stable::Tensor&) {}
 
+static DeviceLimits limits{};  // none: the plain kernels
+static int tensor_core_launches = 0, first_blocks = 0;
+
+DeviceLimits device_limits(int) { return limits; }
+
+// The contract of the tensor-core kernel, kept by the plain ones: what is tested so is how the chain is wired. (The
+// kernel itself runs on the virtual GPU: tests/virtual_gpu/test_cuda_mma.py.) Its scratch memory is spoiled.
+const char* launch_conv3x3_mma(const MmaArgs& a, DType dtype, const MmaPlan& plan, Queue queue) {
+  ++tensor_core_launches;
+  if ((plan.split > 1) != (plan.partial_bytes > 0)) return "partial sums without a split, or a split without";
+  for (int64_t i = 0; i < plan.counter_bytes / 4; ++i)
+    if (a.arrived[i]) return "a counter is not zero";
+  if (plan.partial_bytes) std::memset(a.partial, 0xff, plan.partial_bytes);
+  Conv3x3Args plain{a.x, a.weight, a.affine, a.out, a.n, a.h, a.w, a.cin, a.cout, dtype, a.relu, false};
+  if (a.out) launch_conv3x3(plain, queue);
+  plain.out = a.pooled;
+  plain.pool = true;
+  return a.pooled ? launch_conv3x3(plain, queue) : nullptr;
+}
+
+// The same for the first block.
+const char* launch_block1(const Block1Args& a, DType dtype, const MmaPlan& plan, Queue queue) {
+  ++first_blocks;
+  const MmaArgs& b = a.second;
+  std::vector<uint16_t> middle(static_cast<size_t>(b.n) * b.h * b.w * kBlock1Channels);
+  const Conv3x3Args first{a.x, a.weight, a.affine,        middle.data(), b.n,    b.h,
+                          b.w, a.cin,    kBlock1Channels, dtype,         a.relu, false};
+  if (const char* message = launch_conv3x3(first, queue)) return message;
+  MmaArgs second = b;
+  second.x = middle.data();
+  return launch_conv3x3_mma(second, dtype, plan, queue);
+}
+
 }  // namespace vgg_fast::cuda
 
 STABLE_TORCH_LIBRARY(vgg_fast_cuda_on_host, m) {
-  m.def("conv3x3(Tensor x, Tensor weight_ohwi, Tensor affine, bool relu, bool pool) -> Tensor");
+  m.def("conv3x3(Tensor x, Tensor weight_ohwi, Tensor affine, bool relu, bool pool, bool tf32=False) -> Tensor");
   m.def("maxpool2x2(Tensor x) -> Tensor");
-  m.def("conv_stack(Tensor x, Tensor[] weights, Tensor[] affines, int[] program) -> Tensor");
+  m.def("maxpool2x2_backward(Tensor grad, Tensor x) -> Tensor");
+  m.def("conv_stack(Tensor x, Tensor[] weights, Tensor[] affines, int[] program, bool tf32=False) -> Tensor");
+  m.def("conv_stack_taps(Tensor x, Tensor[] weights, Tensor[] affines, int[] program, bool tf32=False) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vgg_fast_cuda_on_host, CPU, m) {
   m.impl("conv3x3", TORCH_BOX(&vgg_fast::cuda::conv3x3));
   m.impl("maxpool2x2", TORCH_BOX(&vgg_fast::cuda::maxpool2x2));
+  m.impl("maxpool2x2_backward", TORCH_BOX(&vgg_fast::cuda::maxpool2x2_backward));
   m.impl("conv_stack", TORCH_BOX(&vgg_fast::cuda::conv_stack));
+  m.impl("conv_stack_taps", TORCH_BOX(&vgg_fast::cuda::conv_stack_taps));
 }
 
 // For tests that bring their own output, or look at a part of a launch.
 extern "C" {
+
+__attribute__((visibility("default"))) int pretend_device(int sm, int multiprocessors) {
+  vgg_fast::cuda::limits = {sm, multiprocessors};
+  return std::exchange(vgg_fast::cuda::tensor_core_launches, 0);
+}
+
+__attribute__((visibility("default"))) int block1_launches() { return std::exchange(vgg_fast::cuda::first_blocks, 0); }
 
 __attribute__((visibility("default"))) void run_blocks(unsigned first, unsigned last) {
   first_block = first;

@@ -1,5 +1,5 @@
 // The planner of the tensor-core kernels for ctypes.
-#include "conv3x3_mma_cuda.h"
+#include "block1_cuda.h"
 
 using namespace vgg_fast::cuda;
 
@@ -16,5 +16,9 @@ __attribute__((visibility("default"))) void plan_for(const MmaProblem* problem, 
 
 __attribute__((visibility("default"))) void args_for(const MmaProblem* problem, const MmaPlan* plan, MmaArgs* args) {
   *args = mma_args(*problem, *plan);
+}
+
+__attribute__((visibility("default"))) void plan_block1_for(int64_t n, int64_t h, int64_t w, MmaPlan* plan) {
+  *plan = plan_block1(n, h, w);
 }
 }

@@ -160,6 +160,7 @@ def cuda_maxpool2x2(x: Tensor, target: str = "80", **options: Any) -> Tensor:
     out = channels_last(n, c, h // 2, w // 2, dtype=x.dtype)
     code, name = DTYPES[x.dtype]
     arguments = (Maxpool2x2Args, {"x": x, "out": out, "n": n, "h": h, "w": w, "c": c, "dtype": code})
-    entry = ptx_entry(nvcc_ptx(CUDA / "maxpool2x2.cu", target), f"maxpool2x2_kernel{name}")
-    launch(entry, (-(-out.numel() // 128),), [arguments], outputs=["out"], **options)
+    packet = 16 // x.element_size() if c * x.element_size() % 16 == 0 else 1
+    entry = ptx_entry(nvcc_ptx(CUDA / "maxpool2x2.cu", target), f"maxpool2x2_kernel{name}Li{packet}E")
+    launch(entry, (-(-out.numel() // packet // 128),), [arguments], outputs=["out"], **options)
     return out

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.virtual_gpu.cases import CUDA, DTYPES, ROOT, channels_last, nvcc_ptx
+from tests.virtual_gpu.cases import CUDA, DTYPES, ROOT, Maxpool2x2Args, channels_last, nvcc_ptx
 from tests.virtual_gpu.launch import launch, ptx_entry
-from vgg_fast.ops import _mma_layout
 
 A100, H100 = 108, 132  # multiprocessors
 
@@ -41,7 +40,7 @@ class MmaPlan(ctypes.Structure):
 class MmaArgs(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "weight", "affine", "out", "pooled", "partial", "arrived")),
-        *((name, ctypes.c_int) for name in ("n", "h", "w", "cin", "cout", "cout_stored", "strip", "strips", "pairs")),
+        *((name, ctypes.c_int) for name in ("n", "h", "w", "cin", "cout", "strip", "strips", "pairs")),
         *((name, ctypes.c_int) for name in ("pitch", "pad", "halo", "columns", "split")),
         ("relu", ctypes.c_bool),
     ]
@@ -73,7 +72,7 @@ def plan(wanted: MmaProblem, multiprocessors: int = A100, tile: int = -1, split:
     return result
 
 
-TILES = ("256x128", "128x64")  # kMmaTiles
+TILES = ("256x128", "128x64", "256x64")  # kMmaTiles
 
 
 def conv3x3_mma(
@@ -94,7 +93,7 @@ def conv3x3_mma(
     cut, args = plan(wanted, tile=tile, split=split), MmaArgs()
     planner().args_for(ctypes.byref(wanted), ctypes.byref(cut), ctypes.byref(args))
     fields: dict[str, Any] = {name: getattr(args, name) for name, _ in MmaArgs._fields_}
-    fields |= {"x": x, "weight": _mma_layout.pack(weight), "affine": affine, "relu": relu}
+    fields |= {"x": x, "weight": weight.permute(0, 2, 3, 1).contiguous(), "affine": affine, "relu": relu}
     results = {}
     if out:
         results["out"] = channels_last(n, cout, h, w, dtype=x.dtype)
@@ -111,3 +110,81 @@ def conv3x3_mma(
     if scratch:
         assert not scratch["arrived"].any(), "the counters are not ready for the next launch"
     return results
+
+
+class Block1Args(ctypes.Structure):
+    """With the fields of ``second``, which begins where its first pointer would, by other names."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("image", "first_weight", "first_affine")),
+        ("first_cin", ctypes.c_int),
+        ("first_relu", ctypes.c_bool),
+        *MmaArgs._fields_,
+    ]
+
+
+def block1(
+    x: Tensor,
+    weights: tuple[Tensor, Tensor],
+    affines: tuple[Tensor, Tensor],
+    out: bool = True,
+    pooled: bool = True,
+    target: str = "80",
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Two convolutions with ReLU; ``x`` channels_last, weights [Cout, Cin, 3, 3]."""
+    (n, cin, h, w), cout = x.shape, weights[1].shape[0]
+    wanted, cut, args = problem(n, h, w, 64, cout, x.dtype), MmaPlan(), MmaArgs()
+    planner().plan_block1_for(*(ctypes.c_int64(size) for size in (n, h, w)), ctypes.byref(cut))
+    planner().args_for(ctypes.byref(wanted), ctypes.byref(cut), ctypes.byref(args))
+    fields: dict[str, Any] = {name: getattr(args, name) for name, _ in MmaArgs._fields_}
+    first, second = (weight.permute(0, 2, 3, 1).contiguous() for weight in weights)
+    fields |= {"image": x, "first_weight": first, "first_affine": affines[0], "first_cin": cin, "first_relu": True}
+    fields |= {"weight": second, "affine": affines[1], "relu": True}
+    results = {}
+    if out:
+        results["out"] = channels_last(n, cout, h, w, dtype=x.dtype)
+    if pooled:
+        results["pooled"] = channels_last(n, cout, h // 2, w // 2, dtype=x.dtype)
+    entry = ptx_entry(nvcc_ptx(CUDA / "block1.cu", target), f"block1_kernel{DTYPES[x.dtype][1]}")
+    options |= {"outputs": [*results], "shared_bytes": cut.shared_bytes}
+    launch(entry, (cut.rows,), [(Block1Args, fields | results)], **options)
+    return results
+
+
+class Maxpool2x2BackwardArgs(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("grad_out", "x", "grad_x")),
+        *((name, ctypes.c_int64) for name in ("n", "h", "w", "c")),
+        ("dtype", ctypes.c_int),
+    ]
+
+
+def maxpool2x2(x: Tensor, grad: Tensor | None = None, target: str = "80", **options: Any) -> Tensor:
+    """The pool, or with ``grad`` its backward; channels_last, or contiguous with one channel to an image."""
+    planar = x.is_contiguous()
+    n, c, h, w = (x.shape[0] * x.shape[1], 1, *x.shape[2:]) if planar else x.shape
+    code, name = DTYPES[x.dtype]
+    form, packet, edge = "", 16 // x.element_size(), 0 if grad is None else 1
+    items = n * ((h + edge) // 2)
+    if c % packet == 0:
+        items *= (w + edge) // 2 * (c // packet)
+    elif c == 1 and w % packet == 0:
+        form, items = "_columns", items * (w // packet)
+    else:
+        packet, items = 1, items * ((w + edge) // 2) * c
+    sizes = {"n": n, "h": h, "w": w, "c": c, "dtype": code}
+    if grad is None:
+        result = torch.empty(*x.shape[:2], h // 2, w // 2, dtype=x.dtype)
+    else:
+        result = torch.empty(x.shape, dtype=x.dtype)
+    result = result if planar else result.contiguous(memory_format=torch.channels_last)
+    if grad is None:
+        kernel, written = f"maxpool2x2{form}_kernel", "out"
+        arguments: Any = (Maxpool2x2Args, {"x": x, "out": result} | sizes)
+    else:
+        kernel, written = f"maxpool2x2_backward{form}_kernel", "grad_x"
+        arguments = (Maxpool2x2BackwardArgs, {"grad_out": grad, "x": x, "grad_x": result} | sizes)
+    entry = ptx_entry(nvcc_ptx(CUDA / "maxpool2x2.cu", target), f"{kernel}{name}Li{packet}E")
+    launch(entry, (-(-items // 128),), [arguments], outputs=[written], **options)
+    return result

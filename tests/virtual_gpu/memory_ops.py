@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tests.virtual_gpu.alu import TYPES
-from tests.virtual_gpu.compile import Code, Step, op, pick
+from tests.virtual_gpu.compile import PARAMETER_BASE, Code, Step, op, pick
 from tests.virtual_gpu.memory import LOCAL_WINDOW, SHARED_WINDOW, WORDS, Fault, one_by_one
 from tests.virtual_gpu.parse import Instruction, PtxError, Symbol, Vector
 
@@ -90,11 +90,17 @@ def extended(value: np.ndarray, size: int) -> np.ndarray:
 
 def _load_parameter(code: Code, i: Instruction, targets: tuple[Any, ...], element: np.dtype) -> Step:
     memory = i.operands[1]
-    if not isinstance(memory.base, Symbol):
-        raise PtxError("parameters are read by their names only")
-    start = code.parameters[memory.base.name] + memory.offset
+    by_name = isinstance(memory.base, Symbol)
+    address = None if by_name else code.address(i, memory)
+    fixed = code.parameters[memory.base.name] + memory.offset if by_name else 0
 
     def run(m: Any) -> None:
+        start = fixed
+        if address is not None:  # nvcc reads neighbours in a structure so; the same ones in every thread
+            addresses = pick(address(m), m.lanes())
+            start = int(addresses[0]) - PARAMETER_BASE
+            if (addresses != addresses[0]).any() or not 0 <= start < len(m.launch.parameters):
+                raise Fault("generic access", "threads read different parameters, or past them: not simulated", 0)
         for n, target in enumerate(targets):
             at = start + n * element.itemsize
             value = np.frombuffer(m.launch.parameters, element, 1, at)

@@ -157,13 +157,13 @@ def brute_force_halo(cut: cuda_cases.MmaPlan, positions: int) -> int:
 
 
 def test_plans_are_sound() -> None:
-    """For many sizes: what the kernel assumes of a plan. The large tile cannot hold that of very thin maps."""
+    """For many sizes: what the kernel assumes of a plan. The large tile cannot hold those of small and thin maps."""
     sizes = [*range(1, 18), 27, 28, 32, 56, 63, 64, 65, 112, 130, 224, 333, 1000]
     for (h, w), n in itertools.product(itertools.product(sizes[::2], sizes), (1, 7)):
         for tile in (0, 1):
             cut = plan(problem(n, h, w, 64, 96, HALF), tile=tile)
             if cut.clocks < 0:
-                assert (tile, min(h, w) <= 3) == (0, True)
+                assert (tile, min(h, w) <= 6) == (0, True)
                 continue
             positions = int(cuda_cases.TILES[tile].split("x")[0]) // 2
             assert (cut.strips - 1) * cut.strip < w <= cut.strips * cut.strip
@@ -214,8 +214,8 @@ def test_structures_are_those_of_the_header() -> None:
     wanted = problem(2, 13, 70, 24, 53, FLOAT)
     cut, args = plan(wanted, split=2), MmaArgs()
     planner().args_for(ctypes.byref(wanted), ctypes.byref(cut), ctypes.byref(args))
-    sizes = [args.n, args.h, args.w, args.cin, args.cout, args.cout_stored, args.split]
-    assert sizes == [2, 13, 70, 24, 53, 64, 2]
+    sizes = [args.n, args.h, args.w, args.cin, args.cout, args.split]
+    assert sizes == [2, 13, 70, 24, 53, 2]
     same = ("strip", "strips", "pairs", "pitch", "pad", "halo", "columns", "split")
     assert [getattr(args, name) for name in same] == [getattr(cut, name) for name in same]
     assert cut.strip * cut.strips >= 70

@@ -1,0 +1,36 @@
+// The first two layers of a chain as one launch.
+#include "block1_cuda.h"
+#include "torch_layer.h"
+#include "torch_ops.h"
+
+namespace vgg_fast::cuda {
+
+void fuse_first_block(std::vector<Layer>& layers) {
+  if (layers.size() < 2) return;
+  Layer &first = layers[0], &second = layers[1];
+  const bool hidden = !first.pool() && !first.tap();
+  if (!hidden || !second.tensor_cores ||
+      !is_block1(first.args.dtype, first.args.cin, first.args.cout, second.args.cout))
+    return;
+  second.plan = plan_block1(first.args.n, first.args.h, first.args.w);
+  second.with_previous = first.in_next = true;
+}
+
+void launch_first_block(const Layer& first, const Layer& second, const void* x, void* full, void* pooled, Queue queue) {
+  const Conv3x3Args &a = first.args, &b = second.args;
+  Block1Args args{};
+  args.x = x;
+  args.weight = a.weight;
+  args.affine = a.affine;
+  args.cin = static_cast<int>(a.cin);
+  args.relu = a.relu;
+  args.second = mma_args({b.n, b.h, b.w, b.cin, b.cout, b.dtype}, second.plan);
+  args.second.weight = b.weight;
+  args.second.affine = b.affine;
+  args.second.out = full;
+  args.second.pooled = pooled;
+  args.second.relu = b.relu;
+  check_launch("conv3x3", launch_block1(args, b.dtype, second.plan, queue));
+}
+
+}  // namespace vgg_fast::cuda
