@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from gpu_kernels import CUDA, ROOT, TORCH
+from gpu_kernels import CUDA, ROOT, TENSOR_CORES, TORCH
 
 STANDARD = r"<[a-z0-9_]+>"
 PLAIN = r'"\w+_cuda\.h"'
@@ -61,8 +61,14 @@ def test_include_zones_are_checked(name: str, include: str) -> None:
 
 def test_the_cuda_of_the_host_declares_no_cooperation_of_threads() -> None:
     """Running a kernel thread by thread would prove nothing about one whose threads wait for each other."""
-    device_code = "".join(f.read_text() for f in [*CUDA.glob("*.cuh"), *CUDA.glob("*.cu")])
-    assert not re.search(r"__shared__|__sync|__shfl|atomic|asm", device_code)
+    cooperation = re.compile(r"__shared__|__sync|__shfl|atomic|asm|ptx\w*\.cuh")
+    on_host = [f for f in CUDA.glob("*.cu") if f.name not in TENSOR_CORES]
+    assert {f.stem for f in on_host} == {"conv3x3", "maxpool2x2"}
+    headers = {name for f in on_host for name in re.findall(r'"(\w+\.cuh)"', f.read_text())}
+    while further := {n for h in headers for n in re.findall(r'"(\w+\.cuh)"', (CUDA / h).read_text())} - headers:
+        headers |= further
+    assert {"conv3x3.cuh", "maxpool2x2.cuh", "launch.cuh", "numeric.cuh"} <= headers
+    assert not [f.name for f in [*on_host, *(CUDA / h for h in headers)] if cooperation.search(f.read_text())]
 
 
 @functools.cache

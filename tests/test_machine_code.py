@@ -20,6 +20,7 @@ from gpu_kernels import CUDA, ROOT
 
 pytest.importorskip("triton", reason="Triton is not installed, whose package holds ptxas and the disassembler")
 from tests.virtual_gpu import machine_code
+from tests.virtual_gpu.cuda_cases import TILES
 from tests.virtual_gpu.machine_code import CUDA_SMS, TRITON_SMS, Row, misses
 
 # Plain first kernels: addresses are computed in every k-step, channels that do not fill 16 bytes are loaded one by one,
@@ -90,11 +91,18 @@ def test_cuda(sm: int) -> None:
     names = {(row.kernel, row.configuration) for row in rows() if row.sm == sm and row.kernel.startswith("cuda")}
     if not names:
         pytest.skip("no nvcc in $CUDA_HOME, on the PATH, in /usr/local/cuda or among the Python packages")
-    dtypes = ("fp32", "fp16", "bf16")
-    code = "".join(path.read_text() for path in [*CUDA.glob("*.cu"), *CUDA.glob("*.cuh")])
-    assert "extern __shared__" not in code, "the table would have to add dynamic shared memory, which no cubin tells"
-    assert {row.threads for row in rows() if row.kernel.startswith("cuda")} == {128}
-    assert names == {(f"cuda {path.stem}", dtype) for path in CUDA.glob("*.cu") for dtype in dtypes}
+    forms = ("maxpool2x2 x1", "maxpool2x2 x{}", "maxpool2x2_columns x{}", "maxpool2x2_backward x1")
+    forms += ("maxpool2x2_backward x{}", "maxpool2x2_backward_columns x{}")
+    wanted = {("cuda block1", dtype) for dtype in ("fp16", "bf16")}
+    for dtype, packet in (("fp32", 4), ("fp16", 8), ("bf16", 8)):
+        wanted |= {("cuda conv3x3", dtype), *(("cuda maxpool2x2", f"{dtype} {form.format(packet)}") for form in forms)}
+        wanted |= {("cuda conv3x3_mma", f"{dtype.replace('fp32', 'tf32')} {tile}") for tile in TILES}
+    assert names == wanted
+    dynamic = {row.kernel for row in rows() if row.kernel.startswith("cuda") and row.shared}
+    with_shared = {f.stem for f in CUDA.glob("*.cu*") if "extern __shared__" in f.read_text()}
+    assert dynamic == {f"cuda {stem}" for stem in with_shared}, "the table must add dynamic shared memory"
+    of_tensor_cores = [row for row in rows() if row.kernel in ("cuda conv3x3_mma", "cuda block1")]
+    assert {row.loads.keys() <= {"LDGSTS.128"} and row.tensor > 0 for row in of_tensor_cores} == {True}
     assert missed(sm, "cuda") == expected(sm, "cuda")
 
 
@@ -117,6 +125,15 @@ def row(**columns: Any) -> Row:
         ({"sm": 120, "shared": 98_304 + 4096}, {"shared": 98_304 + 4096}),
         ({"threads": 256}, {"registers": 200}),
         ({"kernel": "cuda conv3x3", "registers": 172}, {"registers": 172}),
+        ({"kernel": "cuda block1", "registers": 255}, {}),
+        ({"kernel": "cuda block1", "registers": 257}, {"registers": 257}),
+        ({"kernel": "cuda conv3x3_mma", "configuration": "fp16 256x128", "registers": 255, "threads": 256}, {}),
+        ({"kernel": "cuda conv3x3_mma", "configuration": "fp16 128x64", "registers": 172}, {"registers": 172}),
+        ({"kernel": "cuda conv3x3_mma", "configuration": "fp16 256x128", "k_step": 321.0}, {"k_step": 321.0}),
+        (
+            {"kernel": "cuda conv3x3_mma", "configuration": "tf32 128x64", "registers": 160, "tensor": 0},
+            {"tensor": "none"},
+        ),
         ({"loads": {"LDGSTS.128": 15, "LDGSTS.64": 2}}, {"loads": {"LDGSTS.64": 2}}),
         ({"loads": {"LDG.128": 16}}, {"loads": {"LDG.128": 16}}),
         ({"loads": {"UTMALDG": 2}}, {}),

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import triton
 
+from tests.virtual_gpu import cuda_cases
 from tests.virtual_gpu.cases import CUDA, find_nvcc
 from tests.virtual_gpu.launch import compile_triton
 from vgg_fast.kernels import conv3x3, maxpool2x2
@@ -61,6 +62,8 @@ SHARED_LIMIT = {
 }  # per CTA; CUDA guide, compute capabilities
 REGISTERS = 65536  # of a multiprocessor
 RESIDENT = {"triton": 2, "cuda": 3}  # CTAs that should fit one
+RESIDENT |= {"256x128": 1, "128x64": 3, "256x64": 2, "block1": 2}  # those of csrc/cuda on tensor cores, by their tile
+MMA_K_STEP = 320  # conv3x3_mma in 256x128; measured: 307 (sm_80) and 313 (sm_90)
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Row:
         kernel, sm, configuration: which; ``pool`` marks the pooled form of a configuration.
         threads: of a CTA.
         registers, stack, shared: of a thread, of a thread, of a CTA; bytes. Dynamic shared memory is not in a cubin:
-            that of Triton's kernels is added, those of csrc/cuda have none.
+            that of Triton's kernels is added, and of csrc/cuda that of a VGG16's largest layer.
         local: instructions that access local memory: spills.
         tensor, barriers, shuffles, sass, loop: instructions; ``loop`` those of the main loop, the one that multiplies.
         loads: global loads of the main loop, by opcode and width.
@@ -132,7 +135,7 @@ def cuda_rows(sm: int) -> Iterator[Row]:
             subprocess.run(command, check=True)
             cubin = Path(file.name).read_bytes()
         for row in rows_of(cubin, f"cuda {source.stem}", sm):
-            yield Row(**row)
+            yield Row(**row | {"shared": row["shared"] + dynamic_shared(source.stem, row["configuration"])})
 
 
 def rows_of(cubin: bytes, kernel: str, sm: int) -> Iterator[dict[str, Any]]:
@@ -159,12 +162,35 @@ def rows_of(cubin: bytes, kernel: str, sm: int) -> Iterator[dict[str, Any]]:
         if loop is opcodes:  # unrolled: the asynchronous ones are the tiles', the others the epilogue's
             loads = Counter({load: n for load, n in loads.items() if not load.startswith("LDG.")}) or loads
         dtype = next((d for mangled, d in MANGLED.items() if re.search(rf"I{mangled}[ELS]", name)), "")
+        if kernel.startswith("cuda"):
+            dtype = cuda_configuration(kernel.split()[1], name, dtype)
         yield count | {
             "kernel": kernel, "sm": sm, "configuration": dtype, "pool": False, "threads": threads,
             "registers": registers, "stack": stack, "shared": shared, "sass": len(opcodes), "loop": len(loop),
             "loads": dict(loads),
             "k_step": round(len(loop) * K_STEP / macs, 1) if macs else None,
         }  # fmt: skip
+
+
+def cuda_configuration(stem: str, name: str, dtype: str) -> str:
+    """The dtype, and what tells the kernels of one file from each other: tile, or function and elements of a packet."""
+    numbers = re.findall(r"Li(\d+)E", name)
+    if stem == "conv3x3_mma":
+        return f"{dtype.replace('fp32', 'tf32')} {cuda_cases.TILES[int(numbers[0])]}"
+    function = re.search(r"4cuda\d+(\w+?)_kernel", name)
+    return f"{dtype} {function[1]} x{numbers[0]}" if stem == "maxpool2x2" and function else dtype
+
+
+def dynamic_shared(stem: str, configuration: str) -> int:
+    """Bytes of a launch for the most demanding layer of a VGG16 of 224x224 images."""
+    if stem == "block1":
+        return cuda_cases.plan_block1(1, 224, 224).shared_bytes
+    if stem != "conv3x3_mma":
+        return 0
+    tile = cuda_cases.TILES.index(configuration.split()[1])
+    sizes = ((224, 64), (112, 128), (56, 256), (28, 512), (14, 512))
+    problems = [cuda_cases.problem(32, size, size, c, c, torch.float16) for size, c in sizes]
+    return max(cuda_cases.plan(problem, tile=tile).shared_bytes for problem in problems)
 
 
 COUNTED = {
@@ -233,12 +259,14 @@ def misses(row: Row, rows: list[Row]) -> dict[str, Any]:
     at a time, past the registers, and multiplies on tensor cores in 16-bit types only (fp32 is true fp32). Triton's
     has a limit for the instructions of a k-step, no shuffles, and no more barriers when pooled than when not.
     """
+    words = [*row.configuration.split(), *reversed(row.kernel.split())]
+    resident = next(RESIDENT[word] for word in words if word in RESIDENT)
     missed: dict[str, Any] = {
         "spills": row.stack + row.local,
         "shared": row.shared if row.shared > SHARED_LIMIT[row.sm] else 0,
-        "registers": row.registers if row.registers * row.threads * RESIDENT[row.kernel.split()[0]] > REGISTERS else 0,
+        "registers": row.registers if row.registers * row.threads * resident > REGISTERS else 0,
     }
-    if "conv3x3" in row.kernel:
+    if "conv3x3" in row.kernel or row.kernel == "cuda block1":
         narrow = {load: n for load, n in row.loads.items() if load not in ("LDGSTS.128", "UTMALDG")}
         missed["loads"] = narrow if row.loads else "none"
         missed["tensor"] = row.tensor if "fp32" in row.configuration else 0 if row.tensor else "none"
@@ -247,6 +275,8 @@ def misses(row: Row, rows: list[Row]) -> dict[str, Any]:
         missed["barriers"] = row.barriers if row.pool and any(r.barriers < row.barriers for r in twins) else 0
         missed["shuffles"] = row.shuffles
         missed["k_step"] = row.k_step if (row.k_step or 0) > K_STEP_LIMIT.get(row.sm, math.inf) else 0
+    if row.kernel == "cuda conv3x3_mma" and row.configuration in ("fp16 256x128", "bf16 256x128"):
+        missed["k_step"] = row.k_step if (row.k_step or math.inf) > MMA_K_STEP else 0
     return {gate: measured for gate, measured in missed.items() if measured}
 
 
