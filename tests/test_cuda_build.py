@@ -101,7 +101,7 @@ def library(nvcc: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 LOAD = """
 import sys, torch
 torch.ops.load_library(sys.argv[1])
-for op in ("conv3x3", "maxpool2x2", "conv_stack"):
+for op in ("conv3x3", "maxpool2x2", "maxpool2x2_backward", "conv_stack", "conv_stack_taps"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"vgg_fast_cuda::{op}", "CUDA"), op
     print(getattr(torch.ops.vgg_fast_cuda, op).default._schema)
 try:
@@ -117,7 +117,7 @@ def registers_its_ops(library: Path) -> None:
     # In a process of its own: an op can be registered only once.
     done = subprocess.run([sys.executable, "-c", LOAD, str(library)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    tail = "(Tensor x, Tensor weight_ohwi, Tensor affine, bool relu, bool pool) -> Tensor"
+    tail = "(Tensor x, Tensor weight_ohwi, Tensor affine, bool relu, bool pool, bool tf32=False) -> Tensor"
     assert done.stdout.splitlines()[0] == f"vgg_fast_cuda::conv3x3{tail}"
 
 
