@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.virtual_gpu import cases, cuda_cases
+from tests.virtual_gpu import Entry, KernelError, cases, cuda_cases, ptx_entry
 from tests.virtual_gpu.async_agents import SCHEDULES
 from tests.virtual_gpu.counters import Counters
 from tests.virtual_gpu.cuda_cases import MmaArgs, conv3x3_mma, plan, planner, problem
+from tests.virtual_gpu.mutate import Mutant, apply, mutants
 from vgg_fast import reference, testing
 
 TARGETS = ("80", "90")
@@ -218,3 +219,44 @@ def test_structures_are_those_of_the_header() -> None:
     same = ("strip", "strips", "pairs", "pitch", "pad", "halo", "columns", "split")
     assert [getattr(args, name) for name in same] == [getattr(cut, name) for name in same]
     assert cut.strip * cut.strips >= 70
+
+
+# Where CTAs meet, the race detector takes each for one agent (docs/virtual-gpu.md): what orders the stores of partial
+# sums by its own warps before its arrival is not seen. It is the pattern of the CUDA guide: store, fence, barrier, add.
+WAIVED = {"drop bar.sync #4"}
+MUTATED = {  # in turn, those that the ones before did not find out
+    "half a chunk, two tiles": Case(1, 40, 64, 14, 14, HALF, 1, 1),
+    "shared sums": Case(1, 40, 64, 8, 8, HALF, 1, 2),
+    "stores one by one": Case(1, 16, 53, 14, 14, HALF, 1, 1),
+}
+
+
+def survives(mutant: Mutant, entry: Entry, c: Case) -> bool:
+    x, weight, affine = inputs(c, integers=True)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cuda_cases, "ptx_entry", lambda *_: apply([mutant], entry))
+            results = conv3x3_mma(x, weight, affine, True, True, True, tile=c.tile, split=c.split)
+    except (KernelError, AssertionError):
+        return False
+    expected = reference.conv3x3_affine(x.float(), weight.float(), affine, relu=True, pool=False).half()
+    return torch.equal(results["out"], expected) and torch.equal(results["pooled"], reference.maxpool2x2(expected))
+
+
+def test_every_small_wrong_is_found_out() -> None:
+    if cases.find_nvcc() is None:
+        pytest.skip("no nvcc to compile csrc/cuda with")
+    entry = ptx_entry(one_entry(cases.nvcc_ptx(cases.CUDA / "conv3x3_mma.cu", "80"), "MmaTraitsI6__halfLi1E"))
+    living = [*mutants(entry)]
+    assert len(living) >= 30, "little to mutate: the compiler writes other code than it used to"
+    for c in MUTATED.values():
+        living = [mutant for mutant in living if survives(mutant, entry, c)]
+    assert {mutant.name for mutant in living} == WAIVED
+
+
+def one_entry(ptx: str, name: str) -> str:
+    """A text of several kernels without all but one of them, so that a mutant of it is parsed at once."""
+    header, *kernels = ptx.split(".visible .entry ")
+    (kernel,) = (k for k in kernels if name in k.split("(", 1)[0])
+    body, end = kernel[: kernel.index("\n}\n") + 3], kernels[-1][kernels[-1].index("\n}\n") + 3 :]
+    return f"{header}.visible .entry {body}{end}"
