@@ -84,6 +84,12 @@ struct Block {
   }
 };
 
+// How many taps the first consumer is ahead of the second. Either keeps the tensor cores busy alone, so the one's
+// epilogue is hidden behind the other's products, for as long as the lead lasts: 512 clocks a tap, an epilogue is 1000
+// to 1500. Whoever is ahead loses the lead in his epilogue and has it back in the other's.
+constexpr int kLead = 3;
+constexpr int kGatherBarrier = 1, kLeadBarrier = 2;
+
 // A place in a ring of kStages, and the parity of the phase that fills it.
 template <int kStages>
 struct Ring {
@@ -239,7 +245,7 @@ __device__ void store_windows(const Task& t, const Block (&blocks)[kOwn], int co
 
 template <typename T, int kOwn>
 __device__ void multiply(const Task& t, const Item& item, Shared shared, int consumer, int lane,
-                         Ring<kPixelStages>& pixels, Ring<kWeightStages>& weights, float (&sums)[kOwn][64]) {
+                         Ring<kPixelStages>& pixels, Ring<kWeightStages>& weights, int& lead, float (&sums)[kOwn][64]) {
   constexpr uint64_t kPixelMatrix = ptx90::matrix_descriptor(kPlane, kHalo * kCell);
   constexpr uint64_t kWeightMatrix = ptx90::matrix_descriptor(kWeightPlane, 8 * kCell);
   uint32_t read_weights = 0, read_pixels = 0;  // the mbarriers of the stages that the products under way read
@@ -260,6 +266,7 @@ __device__ void multiply(const Task& t, const Item& item, Shared shared, int con
           ptx90::wgmma_m64n128k16<T>(sums[i], pixel + (i * kHaloBytes + 2 * k * kPlane) / 16,
                                      weight + 2 * k * kWeightPlane / 16, k > 0 || !first);
       ptx90::wgmma_commit();
+      if (lead > 0 && --lead == 0) ptx90::barrier_arrive(kLeadBarrier, 128 * kConsumers);
       ptx90::wgmma_wait<1>();
       // The tap before is done. Each warp speaks for itself.
       if (lane == 0 && !first) {
@@ -288,10 +295,10 @@ __device__ inline bool gather(const Task& t, const Item& item, Shared shared, fl
   for (int q = 0; q < 16; ++q)
     parts[(item.part * 16 + q) * kEach] = make_float4(sums[4 * q], sums[4 * q + 1], sums[4 * q + 2], sums[4 * q + 3]);
   __threadfence();
-  ptx90::barrier_sync(1, kEach);
+  ptx90::barrier_sync(kGatherBarrier, kEach);
   if (thread == 0)  // the counter is back at zero after the last one
     ptx90::store_shared(shared.start + kFlagAt, atomicInc(t.arrived + item.tile, t.split - 1) == t.split - 1);
-  ptx90::barrier_sync(1, kEach);
+  ptx90::barrier_sync(kGatherBarrier, kEach);
   if (!ptx90::load_shared(shared.start + kFlagAt)) return false;
   __threadfence();
 #pragma unroll
@@ -311,10 +318,10 @@ __device__ inline bool gather(const Task& t, const Item& item, Shared shared, fl
 
 template <typename T, int kOwn>
 __device__ void consume(const Task& t, const Item& item, Shared shared, int consumer, Ring<kPixelStages>& pixels,
-                        Ring<kWeightStages>& weights) {
+                        Ring<kWeightStages>& weights, int& lead) {
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   float sums[kOwn][64];
-  multiply<T>(t, item, shared, consumer, lane, pixels, weights, sums);
+  multiply<T>(t, item, shared, consumer, lane, pixels, weights, lead, sums);
   if constexpr (kOwn == 1)
     if (t.split > 1 && !gather(t, item, shared, sums[0])) return;
   const int block = item.block + kOwn * consumer;
@@ -360,14 +367,16 @@ __global__ void __launch_bounds__(kThreads, 1)
     return;
   }
   ptx90::take_registers<kConsumerRegisters>();
+  int lead = group == 0 ? kLead : 0;
+  if (group != 0) ptx90::barrier_sync(kLeadBarrier, 128 * kConsumers);
   Ring<kPixelStages> pixels;
   Ring<kWeightStages> weights;
   for (int i = blockIdx.x; i < t.items; i += gridDim.x) {
     const Item item(t, i);
     if (item.whole)
-      consume<T, 2>(t, item, shared, group, pixels, weights);
+      consume<T, 2>(t, item, shared, group, pixels, weights, lead);
     else
-      consume<T, 1>(t, item, shared, group, pixels, weights);
+      consume<T, 1>(t, item, shared, group, pixels, weights, lead);
   }
 }
 

@@ -62,7 +62,7 @@ SHARED_LIMIT = {
 }  # per CTA; CUDA guide, compute capabilities
 REGISTERS = 65536  # of a multiprocessor
 RESIDENT = {"triton": 2, "cuda": 3, "cuda conv3x3_sm90": 1}  # CTAs that should fit one
-HOPPER_K_STEP = 70  # conv3x3_sm90: addresses are in its descriptors, a k-step is 8 wgmma and little else; measured: 67
+HOPPER_K_STEP = 80  # conv3x3_sm90: addresses are in its descriptors, a k-step is 8 wgmma and little else; measured: 78
 
 
 @dataclass(frozen=True)
@@ -182,13 +182,13 @@ COUNTED = {
 
 
 def disassembled(body: str) -> tuple[list[str], list[str]]:
-    """The opcodes of a function, and those of its main loop: the shortest of those that multiply the most.
+    """The opcodes of a function, and those of its main loop: of the innermost that multiply, the one that does so most.
 
     Where no loop multiplies it was unrolled, and its instructions cannot be told from the rest: then it is everything.
     """
     opcodes: list[str] = []
     labels: dict[str, int] = {}
-    loops: list[list[str]] = []
+    loops: list[tuple[int, int]] = []
     for line in body.splitlines():
         if label := re.match(r"(\.L_x_\d+):", line):
             labels[label[1]] = len(opcodes)
@@ -196,17 +196,22 @@ def disassembled(body: str) -> tuple[list[str], list[str]]:
             opcodes.append(found[1])
             target = re.search(r"`\((\.L_x_\d+)\)", found[2])
             if found[1].startswith("BRA") and target and target[1] in labels:
-                loops.append(opcodes[labels[target[1]] :])
+                loops.append((labels[target[1]], len(opcodes)))
     if not opcodes:
         raise RuntimeError(f"no instruction found in the disassembly; it begins with {body[:200]!r}")
 
     on_tensor_cores = any(re.match(COUNTED["tensor"], op) for op in opcodes)
 
-    def products(loop: list[str]) -> int:
-        return sum(bool(re.match(COUNTED["tensor"] if on_tensor_cores else "FFMA", op)) for op in loop)
+    def products(loop: tuple[int, int]) -> int:
+        pattern = COUNTED["tensor"] if on_tensor_cores else "FFMA"
+        return sum(bool(re.match(pattern, op)) for op in opcodes[slice(*loop)])
 
-    main = min(loops, key=lambda loop: (-products(loop), len(loop)), default=[])
-    return opcodes, main if products(main) else opcodes
+    multiplying = [loop for loop in loops if products(loop)]
+    innermost = [
+        (a, b) for a, b in multiplying if not any(a <= c and d <= b and (c, d) != (a, b) for c, d in multiplying)
+    ]
+    main = min(innermost, key=lambda loop: (-products(loop), loop[1] - loop[0]), default=None)
+    return opcodes, opcodes[slice(*main)] if main else opcodes
 
 
 def multiply_adds(opcode: str) -> int:
