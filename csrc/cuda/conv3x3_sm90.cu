@@ -90,6 +90,9 @@ const char* launch_typed(const Sm90Args& args, const Sm90Problem& p, const Sm90P
 
 const char* launch_conv3x3_sm90(const Sm90Args& args, const Sm90Problem& p, int multiprocessors, Queue queue) {
   if (const char* reason = sm90_unsupported(p, 90)) return reason;
+  for (const void* data : {args.x, args.weight, static_cast<const void*>(args.affine),
+                           static_cast<const void*>(args.out), static_cast<const void*>(args.pooled)})
+    if (reinterpret_cast<uintptr_t>(data) % 16) return "a tensor does not begin at a multiple of 16 bytes; copy it";
   if (p.n == 0) return nullptr;
   const Sm90Plan plan = plan_sm90(p, multiprocessors);
   if (plan.split > 1 && !(args.partial && args.arrived)) return "no workspace for the partial sums of the plan";

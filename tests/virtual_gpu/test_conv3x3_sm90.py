@@ -209,6 +209,8 @@ def test_the_launcher_refuses() -> None:
     assert sm90.plan(wanted, 3).split == 3
     args = sm90.Args()
     assert b"workspace" in sm90.host().launch_sm90(ctypes.byref(args), ctypes.byref(wanted), 3, 0, None)
+    args.x = 8
+    assert b"multiple of 16 bytes" in sm90.host().launch_sm90(ctypes.byref(args), ctypes.byref(wanted), 3, 0, None)
     wanted.cout = 100
     assert b"one of 128" in sm90.host().launch_sm90(ctypes.byref(args), ctypes.byref(wanted), 3, 0, None)
 
