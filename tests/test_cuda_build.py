@@ -20,7 +20,7 @@ PLAIN = r'"\w+_cuda\.h"'
 # Files by name, and what they may include: plain headers stand between CUDA and Torch, who never see each other.
 ZONES = {
     r"\w+_cuda\.h": ("plain", [STANDARD, PLAIN]),
-    r"\w+\.cuh|\w+\.cu": ("CUDA", [STANDARD, PLAIN, r'"\w+\.cuh"', r"<cuda_\w+\.h>"]),
+    r"\w+\.cuh|\w+\.cu": ("CUDA", [STANDARD, PLAIN, r'"\w+\.cuh"', r"<cuda(_\w+)?\.h>"]),
     r"torch_\w+\.h|\w+\.cpp": (
         "Torch",
         [STANDARD, PLAIN, r'"torch_\w+\.h"', r"<torch/(csrc/stable|headeronly)/\S+\.h>", r"<dlfcn\.h>"],
@@ -49,6 +49,7 @@ def test_include_zones() -> None:
         ("conv3x3_cuda.h", "<torch/csrc/stable/tensor.h>"),
         ("conv3x3.cuh", '"torch_ops.h"'),
         ("conv3x3.cu", "<torch/csrc/stable/tensor.h>"),
+        ("conv3x3_sm90_cuda.h", "<cuda.h>"),
         ("conv3x3.cpp", '"conv3x3.cuh"'),
         ("conv3x3.cpp", "<cuda_runtime.h>"),
         ("conv3x3.cpp", "<torch/torch.h>"),
@@ -151,7 +152,9 @@ def test_the_library_carries_every_architecture(nvcc: Path, library: Path) -> No
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     sms = build_script().architectures(nvcc)
     assert {80, 90} <= set(sms)
-    sources = len(list(CUDA.glob("*.cu")))
+    hopper = len(list(CUDA.glob("*_sm90.cu")))
+    assert len(re.findall(r"\.sm_90a\.cubin", listing)) == hopper > 0, listing
+    sources = len(list(CUDA.glob("*.cu"))) - hopper
     for sm in sms:
         assert len(re.findall(rf"\.sm_{sm}\.cubin", listing)) == sources, listing
     assert len(re.findall(rf"\.sm_{sms[-1]}\.ptx", listing)) == sources, listing

@@ -107,6 +107,7 @@ def test_cuda(sm: int) -> None:
     forms = ("maxpool2x2 x1", "maxpool2x2 x{}", "maxpool2x2_columns x{}", "maxpool2x2_backward x1")
     forms += ("maxpool2x2_backward x{}", "maxpool2x2_backward_columns x{}")
     wanted = {("cuda block1", dtype) for dtype in ("fp16", "bf16")}
+    wanted |= {("cuda conv3x3_sm90", dtype) for dtype in ("fp16", "bf16")} if sm == 90 else set()
     for dtype, packet in (("fp32", 4), ("fp16", 8), ("bf16", 8)):
         wanted |= {("cuda conv3x3", dtype), *(("cuda maxpool2x2", f"{dtype} {form.format(packet)}") for form in forms)}
         wanted |= {("cuda conv3x3_mma", f"{dtype.replace('fp32', 'tf32')} {tile}") for tile in TILES}
@@ -147,6 +148,11 @@ def row(**columns: Any) -> Row:
         (
             {"kernel": "cuda conv3x3_mma", "configuration": "tf32 128x64", "registers": 160, "tensor": 0},
             {"tensor": "none"},
+        ),
+        ({"kernel": "cuda conv3x3_sm90", "registers": 168, "threads": 384, "k_step": 78.0}, {}),
+        (
+            {"kernel": "cuda conv3x3_sm90", "registers": 176, "threads": 384, "k_step": 81.0},
+            {"registers": 176, "k_step": 81.0},
         ),
         ({"loads": {"LDGSTS.128": 15, "LDGSTS.64": 2}}, {"loads": {"LDGSTS.64": 2}}),
         ({"loads": {"LDG.128": 16}}, {"loads": {"LDG.128": 16}}),
@@ -197,7 +203,7 @@ LISTING = """
 """
 
 
-def test_the_main_loop_is_the_shortest_that_multiplies_the_most() -> None:
+def test_the_main_loop_is_the_innermost_that_multiplies_the_most() -> None:
     opcodes, loop = machine_code.disassembled(LISTING)
     assert len(opcodes) == 13
     assert [op.split(".")[0] for op in loop] == ["LDGSTS", "LDGDEPBAR", "HMMA", "UIADD3", "BAR", "BRA"]
@@ -205,6 +211,8 @@ def test_the_main_loop_is_the_shortest_that_multiplies_the_most() -> None:
     assert [op.split(".")[0] for op in loop] == ["LDG", "FFMA", "FFMA", "BRA"]
     opcodes, loop = machine_code.disassembled(LISTING.replace("HMMA.16816.F32", "IMAD").replace("FFMA", "IMAD"))
     assert loop == opcodes
+    beside = LISTING.replace("FFMA R2", "HMMA.16816.F32 R4")  # two loops in a third: the second has fewer products
+    assert [op.split(".")[0] for op in machine_code.disassembled(beside)[1]] == ["LDG", "HMMA", "HMMA", "BRA"]
     with pytest.raises(RuntimeError, match="no instruction found"):
         machine_code.disassembled("nothing")
 

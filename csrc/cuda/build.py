@@ -45,8 +45,13 @@ def architectures(nvcc: Path) -> list[int]:
 
 
 def compile_cuda(nvcc: Path, source: Path, target: Path, sms: list[int]) -> list[str]:
-    """The command that compiles one .cu: machine code for each architecture, and PTX of the newest."""
+    """The command that compiles one .cu: machine code for each architecture, and PTX of the newest.
+
+    A file ``…_sm90.cu`` uses what only Hopper has (wgmma): its machine code runs there and nowhere else.
+    """
     codes = [f"arch=compute_{sm},code=sm_{sm}" for sm in sms] + [f"arch=compute_{sms[-1]},code=compute_{sms[-1]}"]
+    if source.stem.endswith("_sm90"):
+        codes = ["arch=compute_90a,code=sm_90a"]
     return [
         *(str(nvcc), "-std=c++17", "-O3", "-Xptxas", "--warn-on-spills"),
         *("-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"),

@@ -254,7 +254,7 @@ def _barrier(code: Code, i: Instruction) -> Step:
     return run
 
 
-@op("bar.warp.sync", "fence.mbarrier_init", "griddepcontrol", "setmaxnreg")
+@op("bar.warp.sync", "fence.mbarrier_init", "griddepcontrol")
 @op("fence.proxy.tensormap", "prefetch", "prefetchu", "nanosleep")
 def _nothing(code: Code, i: Instruction) -> Step:
     """Threads of a warp meet again by themselves, and memory here is in order: nothing to do."""

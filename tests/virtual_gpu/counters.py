@@ -127,15 +127,17 @@ class Counters:
     ) -> None:
         """Accesses of the asynchronous units, taken as free of conflicts: TMA, and the operands of wgmma.
 
-        ``shared_bytes`` are those of all CTAs together, ``addresses`` their units of ``unit`` bytes in global memory.
+        ``shared_bytes`` are those of all CTAs together, ``addresses`` their units of ``unit`` bytes in global memory,
+        in the order of the copy. Only neighbours in that order share a sector: a box whose rows are 16 bytes long, and
+        lie apart, takes a sector for each.
         """
         row = self._row(instruction)
         row.wavefronts += -(-shared_bytes // BANKS_BYTES)
         row.wavefronts_ideal += -(-shared_bytes // BANKS_BYTES)
-        if addresses is not None:
-            sectors = -(-len(addresses) * unit // SECTOR)
-            row.sectors += sectors
-            row.sectors_ideal += sectors
+        if addresses is not None and len(addresses):
+            sectors = addresses >> 5
+            row.sectors += 1 + int(np.count_nonzero(sectors[1:] != sectors[:-1]))
+            row.sectors_ideal += -(-len(addresses) * unit // SECTOR)
             self._touch(kind, distinct(addresses >> 5))
 
     @property

@@ -61,14 +61,16 @@ class Mapped:
         tensor: dense, on the CPU; channels_last is seen as NHWC.
         box: elements of a copy in each dimension, innermost first.
         options: further fields of :class:`~tests.virtual_gpu.tma.TensorMap`, swizzle for one.
+        view: of ``tensor`` from its first element on, where TMA is told of other dimensions; the last is innermost.
     """
 
     tensor: Tensor
     box: tuple[int, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
+    view: Tensor | None = None
 
     def at(self, address: int) -> TensorMap:
-        t, size = _in_memory_order(self.tensor), self.tensor.element_size()
+        t, size = _in_memory_order(self.tensor) if self.view is None else self.view, self.tensor.element_size()
         strides = tuple(stride * size for stride in t.stride()[-2::-1])
         return TensorMap(address, size, tuple(t.shape[::-1]), strides[: t.dim() - 1], self.box, **self.options)
 

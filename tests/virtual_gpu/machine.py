@@ -74,6 +74,8 @@ class Machine:
         self.agents = Agents(self, launch.schedule, launch.random)
         self.mbarriers: dict[int, Any] = {}  # by shared address
         self.accumulators: dict[tuple[int, ...], Any] = {}  # of wgmma in flight, by their registers
+        # Registers of a thread in each warpgroup: as many as fit, for setmaxnreg to move from one to another.
+        self.group_registers = np.full(-(-self.threads // 128), min(256, 65536 // threads // 8 * 8))
         self._at_fence: list[np.ndarray] | None = None  # the registers as wgmma.fence saw them
         self.R = self._registers()
         self.poison32 = np.full(self.threads, _POISON[4])

@@ -30,6 +30,7 @@ import triton
 from tests.virtual_gpu import cuda_cases
 from tests.virtual_gpu.cases import CUDA, find_nvcc
 from tests.virtual_gpu.launch import compile_triton
+from tests.virtual_gpu.sm90 import shared_bytes
 from vgg_fast.kernels import configs, conv3x3, maxpool2x2
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -59,7 +60,9 @@ SHARED_LIMIT |= {89: 99 << 10, 120: 99 << 10}
 REGISTERS = 65536  # of a multiprocessor
 RESIDENT = {"triton": 8, "cuda": 12}  # warps that should fit one
 RESIDENT |= {"256x128": 8, "128x64": 12, "256x64": 8, "block1": 8}  # those of csrc/cuda on tensor cores, by their tile
+RESIDENT |= {"conv3x3_sm90": 12}
 MMA_K_STEP = 320  # conv3x3_mma in 256x128; measured: 307 (sm_80) and 313 (sm_90)
+HOPPER_K_STEP = 80  # conv3x3_sm90: addresses are in its descriptors, a k-step is 8 wgmma and little else; measured: 78
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class Row:
             that of Triton's kernels is added, and of csrc/cuda that of a VGG16's largest layer.
         local: instructions that access local memory: spills.
         tensor, barriers, shuffles, sass, loop: instructions; ``loop`` those of the main loop, the one that multiplies.
-        loads: global loads of the main loop, by opcode and width.
+        loads: global loads of the main loop, by opcode and width; where other warps do them, their TMA copies.
         k_step: instructions of the main loop, scaled to the multiply-adds of one k-step of 128 x 128 x 64 with four
             warps; None where there are fewer of them, or instructions do not say their shape (tcgen05).
         overhead: instructions of the main loop but products, loads of their operands and copies from global memory;
@@ -148,8 +151,11 @@ def cuda_rows(sm: int) -> Iterator[Row]:
         print("no nvcc, see csrc/cuda/build.py for where it is looked for: no CUDA rows", file=sys.stderr)
         return
     for source in sorted(CUDA.glob("*.cu")):
+        hopper = source.stem.endswith("_sm90")
+        if hopper and sm != 90:
+            continue
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            command = [nvcc, "-std=c++17", "-O3", "-cubin", f"-arch=sm_{sm}", source, "-o", file.name]
+            command = [nvcc, "-std=c++17", "-O3", "-cubin", f"-arch=sm_{sm}{'a' * hopper}", source, "-o", file.name]
             subprocess.run(command, check=True)
             cubin = Path(file.name).read_bytes()
         for row in rows_of(cubin, f"cuda {source.stem}", sm):
@@ -179,11 +185,12 @@ def rows_of(cubin: bytes, kernel: str, sm: int) -> Iterator[dict[str, Any]]:
         loads = Counter(load for op in loop if (load := global_load(op)))
         if loop is opcodes:  # unrolled: the asynchronous ones are the tiles', the others the epilogue's
             loads = Counter({load: n for load, n in loads.items() if not load.startswith("LDG.")}) or loads
+        loads = loads or Counter(load for op in opcodes if (load := global_load(op)) == "UTMALDG")
         dtype = next((d for mangled, d in MANGLED.items() if re.search(rf"I{mangled}[ELS]", name)), "")
         if kernel.startswith("cuda"):
             dtype = cuda_configuration(kernel.split()[1], name, dtype)
         yield count | {
-            "kernel": kernel, "sm": sm, "configuration": dtype, "pool": False, "threads": threads,
+            "kernel": kernel, "sm": sm, "configuration": dtype, "pool": "Lb1E" in name, "threads": threads,
             "registers": registers, "stack": stack, "shared": shared, "sass": len(opcodes), "loop": len(loop),
             "loads": dict(loads),
             "k_step": round(len(loop) * K_STEP / macs, 1) if macs >= K_STEP and loop is not opcodes else None,
@@ -204,6 +211,8 @@ def dynamic_shared(stem: str, configuration: str) -> int:
     """Bytes of a launch for the most demanding layer of a VGG16 of 224x224 images."""
     if stem == "block1":
         return cuda_cases.plan_block1(1, 224, 224).shared_bytes
+    if stem == "conv3x3_sm90":
+        return shared_bytes()
     if stem != "conv3x3_mma":
         return 0
     tile = cuda_cases.TILES.index(configuration.split()[1])
@@ -222,13 +231,13 @@ NEEDED = rf"{COUNTED['tensor']}|FFMA|LDSM|LDS\.|LDGSTS|UTMALDG|LDG\."
 
 
 def disassembled(body: str) -> tuple[list[str], list[str]]:
-    """The opcodes of a function, and those of its main loop: the shortest of those that multiply the most.
+    """The opcodes of a function, and those of its main loop: of the innermost that multiply, the one that does so most.
 
     Where no loop multiplies it was unrolled, and its instructions cannot be told from the rest: then it is everything.
     """
     opcodes: list[str] = []
     labels: dict[str, int] = {}
-    loops: list[list[str]] = []
+    loops: list[tuple[int, int]] = []
     for line in body.splitlines():
         if label := re.match(r"(\.L_x_\d+):", line):
             labels[label[1]] = len(opcodes)
@@ -236,17 +245,22 @@ def disassembled(body: str) -> tuple[list[str], list[str]]:
             opcodes.append(found[1])
             target = re.search(r"`\((\.L_x_\d+)\)", found[2])
             if found[1].startswith("BRA") and target and target[1] in labels:
-                loops.append(opcodes[labels[target[1]] :])
+                loops.append((labels[target[1]], len(opcodes)))
     if not opcodes:
         raise RuntimeError(f"no instruction found in the disassembly; it begins with {body[:200]!r}")
 
     on_tensor_cores = any(re.match(COUNTED["tensor"], op) for op in opcodes)
 
-    def products(loop: list[str]) -> int:
-        return sum(bool(re.match(COUNTED["tensor"] if on_tensor_cores else "FFMA", op)) for op in loop)
+    def products(loop: tuple[int, int]) -> int:
+        pattern = COUNTED["tensor"] if on_tensor_cores else "FFMA"
+        return sum(bool(re.match(pattern, op)) for op in opcodes[slice(*loop)])
 
-    main = min(loops, key=lambda loop: (-products(loop), len(loop)), default=[])
-    return opcodes, main if products(main) else opcodes
+    multiplying = [loop for loop in loops if products(loop)]
+    innermost = [
+        (a, b) for a, b in multiplying if not any(a <= c and d <= b and (c, d) != (a, b) for c, d in multiplying)
+    ]
+    main = min(innermost, key=lambda loop: (-products(loop), loop[1] - loop[0]), default=None)
+    return opcodes, opcodes[slice(*main)] if main else opcodes
 
 
 def multiply_adds(opcode: str) -> int:
@@ -302,6 +316,8 @@ def misses(row: Row, rows: list[Row]) -> dict[str, Any]:
                 missed["overhead"] = row.overhead
     if row.kernel == "cuda conv3x3_mma" and row.configuration in ("fp16 256x128", "bf16 256x128"):
         missed["k_step"] = row.k_step if (row.k_step or math.inf) > MMA_K_STEP else 0
+    if row.kernel == "cuda conv3x3_sm90":
+        missed["k_step"] = row.k_step if (row.k_step or math.inf) > HOPPER_K_STEP else 0
     return {gate: measured for gate, measured in missed.items() if measured}
 
 

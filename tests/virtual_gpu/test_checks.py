@@ -166,6 +166,30 @@ def test_a_missing_proxy_fence_is_caught() -> None:
         assert error.value.kind == "missing fence"
 
 
+REGISTERS = """
+setp.ge.u32 %p1, %tid, 256;
+@%p1 bra producer;
+setmaxnreg.inc.sync.aligned.u32 240;
+bra.uni done;
+producer: setmaxnreg.dec.sync.aligned.u32 24;
+done: st.global.u32 [%out], %tid;
+"""
+
+
+def test_registers_are_moved_between_warpgroups() -> None:
+    """384 threads begin with 168 registers each; two warpgroups can have 240 where the third keeps 24."""
+    for schedule in SCHEDULES:
+        assert run(REGISTERS, threads=384, schedule=schedule).tolist() == list(range(384))
+        with pytest.raises(KernelError, match=r"128 threads of CTA .* wait(.|\n)*setmaxnreg.inc") as error:
+            run(REGISTERS.replace("u32 24;", "u32 32;"), threads=384, schedule=schedule)
+        assert error.value.kind == "deadlock"
+    with pytest.raises(KernelError, match="not by all four of each warpgroup") as error:
+        run(REGISTERS.replace("256;", "288;"), threads=384)
+    assert error.value.kind == "partial warpgroup"
+    with pytest.raises(PtxError, match="23 registers: a multiple of 8"):
+        run(REGISTERS.replace("u32 24;", "u32 23;"), threads=384)
+
+
 def test_a_report_names_both_lines_of_a_race() -> None:
     with pytest.raises(KernelError) as error:
         run(WRONG["no barrier after a store"][0])

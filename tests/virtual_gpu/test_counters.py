@@ -111,6 +111,15 @@ def test_touched_memory_is_counted_once_and_by_direction() -> None:
     assert (seen.rows[3].wavefronts, seen.rows[3].sectors) == (512 // 128, 256 // 32)  # half of the box lies outside
 
 
+def test_rows_of_16_bytes_take_a_sector_each() -> None:
+    """A box of ten rows of 16 bytes, 128 bytes apart: half of each sector is wanted. Then two rows in a row."""
+    seen = Counters()
+    seen.bulk(Instruction("cp.async.bulk.tensor", 0), "async", 160, np.arange(10) * 128)
+    assert (seen.rows[0].sectors, seen.rows[0].sectors_ideal) == (10, 5)
+    seen.bulk(Instruction("cp.async.bulk.tensor", 1), "async", 64, np.array([0, 16, 128 + 16, 128 + 32]))
+    assert (seen.rows[1].sectors, seen.rows[1].sectors_ideal) == (3, 2)
+
+
 @pytest.mark.parametrize(
     ("op", "warps", "flops"),
     [

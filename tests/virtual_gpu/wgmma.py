@@ -219,3 +219,35 @@ def _finish(agents: list[Product]) -> None:
 @op("wgmma.wait_group.sync.aligned")
 def _wait(code: Code, i: Instruction) -> Step:
     return lambda m: m.agents.products.wait(i.operands[0].value, _finish)
+
+
+@op("setmaxnreg.inc.sync.aligned", "setmaxnreg.dec.sync.aligned")
+def _set_registers(code: Code, i: Instruction) -> Step:
+    """Blocks until the CTA's other warpgroups have left enough of the registers that it began with."""
+    count = i.operands[0].value
+    if count % 8 or not 24 <= count <= 256:
+        raise PtxError(f"{count} registers: a multiple of 8 from 24 to 256 is wanted")
+
+    def run(m: Any) -> int | None:
+        held, per_cta = m.group_registers, m.cta_threads // 128
+        pool = min(256, 65536 // m.cta_threads // 8 * 8) * per_cta
+
+        def fits(group: int) -> bool:
+            first = group // per_cta * per_cta
+            return held[first : first + per_cta].sum() - held[group] + count <= pool
+
+        groups = warpgroups(m)
+        free = np.zeros(m.threads, bool)
+        for group in groups:
+            if fits(group):
+                held[group] = count
+                free[group * 128 : group * 128 + 128] = True
+        mask = np.ones(m.threads, bool) if m.mask is None else m.mask
+        if (free == mask).all():
+            return None
+        if free.any():
+            m.fork(m.pc, free)  # they execute it again, which changes nothing
+        m.mask = mask & ~free
+        return m.wait(lambda waiting: waiting & np.repeat([fits(g) for g in range(len(held))], 128))
+
+    return run
