@@ -127,7 +127,7 @@ def launch_of(
         "RELU": relu,
         "POOL": pool,
         "TAP": tap,
-        "PRECISION": precision,
+        "PRECISION": "ieee" if _INTERPRETED else precision,  # it knows no bf16x3, and multiplies fp32 in any case
         "WIDE": largest >= _WIDE,
         "UPCAST": _INTERPRETED and dtype == torch.bfloat16,
         "SPLIT": c.split,

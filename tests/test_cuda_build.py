@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from gpu_kernels import CUDA, ROOT, TORCH
+from gpu_kernels import CUDA, ROOT, TENSOR_CORES, TORCH
 
 STANDARD = r"<[a-z0-9_]+>"
 PLAIN = r'"\w+_cuda\.h"'
@@ -61,13 +61,15 @@ def test_include_zones_are_checked(name: str, include: str) -> None:
 
 
 def test_the_cuda_of_the_host_declares_no_cooperation_of_threads() -> None:
-    """Running a kernel thread by thread would prove nothing about one whose threads wait for each other.
-
-    Hopper's kernels are not among those: they run on the virtual GPU alone.
-    """
-    files = [f for f in [*CUDA.glob("*.cuh"), *CUDA.glob("*.cu")] if not f.stem.endswith("_sm90")]
-    device_code = "".join(f.read_text() for f in files)
-    assert not re.search(r"__shared__|__sync|__shfl|atomic|asm", device_code)
+    """Running a kernel thread by thread would prove nothing about one whose threads wait for each other."""
+    cooperation = re.compile(r"__shared__|__sync|__shfl|atomic|asm|ptx\w*\.cuh")
+    on_host = [f for f in CUDA.glob("*.cu") if f.name not in TENSOR_CORES]
+    assert {f.stem for f in on_host} == {"conv3x3", "maxpool2x2"}
+    headers = {name for f in on_host for name in re.findall(r'"(\w+\.cuh)"', f.read_text())}
+    while further := {n for h in headers for n in re.findall(r'"(\w+\.cuh)"', (CUDA / h).read_text())} - headers:
+        headers |= further
+    assert {"conv3x3.cuh", "maxpool2x2.cuh", "launch.cuh", "numeric.cuh"} <= headers
+    assert not [f.name for f in [*on_host, *(CUDA / h for h in headers)] if cooperation.search(f.read_text())]
 
 
 @functools.cache
@@ -100,7 +102,7 @@ def library(nvcc: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 LOAD = """
 import sys, torch
 torch.ops.load_library(sys.argv[1])
-for op in ("conv3x3", "maxpool2x2", "conv_stack"):
+for op in ("conv3x3", "maxpool2x2", "maxpool2x2_backward", "conv_stack", "conv_stack_taps"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"vgg_fast_cuda::{op}", "CUDA"), op
     print(getattr(torch.ops.vgg_fast_cuda, op).default._schema)
 try:
@@ -116,7 +118,7 @@ def registers_its_ops(library: Path) -> None:
     # In a process of its own: an op can be registered only once.
     done = subprocess.run([sys.executable, "-c", LOAD, str(library)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    tail = "(Tensor x, Tensor weight_ohwi, Tensor affine, bool relu, bool pool) -> Tensor"
+    tail = "(Tensor x, Tensor weight_ohwi, Tensor affine, bool relu, bool pool, bool tf32=False) -> Tensor"
     assert done.stdout.splitlines()[0] == f"vgg_fast_cuda::conv3x3{tail}"
 
 

@@ -215,6 +215,35 @@ def test_tensor_cores_multiply_fp32_only_as_tf32(pretend_device: Callable[[int, 
     assert pretend_device(0, 0) == 0
 
 
+@pytest.mark.parametrize(("sm", "hopper"), [(80, 0), (90, 2), (100, 0), (120, 0)])
+def test_hopper_has_kernels_of_its_own(pretend_device: Callable[[int, int], int], sm: int, hopper: int) -> None:
+    """Also with shared sums, whose memory is that of its plan."""
+    sizes = ((64, 128), (128, 128), (128, 24))  # the last has too few channels for its tile
+    weights = [testing.integer_tensor(cout, 3, 3, cin, limit=2, dtype=torch.float16) for cin, cout in sizes]
+    affines = [torch.stack([torch.full([w.shape[0]], 2.0**-7), torch.ones(w.shape[0])]) for w in weights]
+    x, program = testing.integer_tensor(1, 64, 14, 14, dtype=torch.float16, limit=4), [int(RELU), int(RELU | POOL), 0]
+    stack = torch.ops.vgg_fast_cuda_on_host.conv_stack_taps
+    (expected,) = stack(x, weights, affines, program)
+    pretend_device(sm, 132)
+    (actual,) = stack(x, weights, affines, program)
+    assert pretend_device(0, 0) == 3
+    assert cuda_on_host().hopper_launches() == hopper
+    assert torch.equal(actual, expected)
+
+
+def test_what_is_not_aligned_is_left_to_the_plain_kernel(pretend_device: Callable[[int, int], int]) -> None:
+    weight, affine = torch.ones(16, 3, 3, 16, dtype=torch.float16), torch.ones(2, 16)
+    memory = torch.ones(4 * 4 * 16 + 1, dtype=torch.float16)
+    x = memory[1:].view(1, 4, 4, 16).permute(0, 3, 1, 2)
+    assert x.data_ptr() % 16
+    pretend_device(80, 108)
+    once = torch.ops.vgg_fast_cuda_on_host.conv_stack(x, [weight], [affine], [0])
+    assert pretend_device(80, 108) == 0
+    twice = torch.ops.vgg_fast_cuda_on_host.conv_stack(x, [weight, weight], [affine, affine], [0, 0])
+    assert pretend_device(0, 0) == 1
+    assert once.shape == twice.shape == (1, 16, 4, 4)
+
+
 def test_a_chain_names_what_is_wrong_with_it() -> None:
     run, stack = torch.ops.vgg_fast_cuda_on_host.conv_stack_taps, torch.ops.vgg_fast_cuda_on_host.conv_stack
     x, weight, affine = torch.ones(1, 4, 6, 6), torch.ones(4, 3, 3, 4), torch.ones(2, 4)

@@ -20,12 +20,13 @@ from gpu_kernels import CUDA, ROOT
 
 pytest.importorskip("triton", reason="Triton is not installed, whose package holds ptxas and the disassembler")
 from tests.virtual_gpu import machine_code
+from tests.virtual_gpu.cuda_cases import TILES
 from tests.virtual_gpu.machine_code import CUDA_SMS, TRITON_SMS, Row, misses
 from vgg_fast.kernels import configs
 
 SIXTEEN_BITS = "fp16 256->256 in {}".format
 
-# Rows that are not 16-byte aligned are loaded element by element; csrc/cuda uses neither tensor cores nor shared memory.
+# Rows that are not 16-byte aligned are loaded one by one; csrc/cuda uses neither tensor cores nor shared memory.
 EXPECTED_MISSES: dict[tuple[str, str], dict[int, dict[str, Any]]] = {
     # 18 copies and 16 rows of addresses instead of 16 and 8: that is what it saves bytes from the L2 with.
     ("triton conv3x3", SIXTEEN_BITS("512x64x64, 8 warps")): {90: {"k_step": 203.0}},
@@ -103,15 +104,19 @@ def test_cuda(sm: int) -> None:
     names = {(row.kernel, row.configuration) for row in rows() if row.sm == sm and row.kernel.startswith("cuda")}
     if not names:
         pytest.skip("no nvcc in $CUDA_HOME, on the PATH, in /usr/local/cuda or among the Python packages")
-    dtypes = ("fp32", "fp16", "bf16")
-    plain = [path for path in [*CUDA.glob("*.cu"), *CUDA.glob("*.cuh")] if not path.stem.endswith("_sm90")]
-    code = "".join(path.read_text() for path in plain)
-    assert "extern __shared__" not in code, "the table would have to add dynamic shared memory, which no cubin tells"
-    hopper = {("cuda conv3x3_sm90", dtype) for dtype in ("fp16", "bf16")} if sm == 90 else set()
-    assert {row.threads for row in rows() if (row.kernel, row.configuration) in names - hopper} == {128}
-    assert names == hopper | {
-        (f"cuda {path.stem}", dtype) for path in plain for dtype in dtypes if path.suffix == ".cu"
-    }
+    forms = ("maxpool2x2 x1", "maxpool2x2 x{}", "maxpool2x2_columns x{}", "maxpool2x2_backward x1")
+    forms += ("maxpool2x2_backward x{}", "maxpool2x2_backward_columns x{}")
+    wanted = {("cuda block1", dtype) for dtype in ("fp16", "bf16")}
+    wanted |= {("cuda conv3x3_sm90", dtype) for dtype in ("fp16", "bf16")} if sm == 90 else set()
+    for dtype, packet in (("fp32", 4), ("fp16", 8), ("bf16", 8)):
+        wanted |= {("cuda conv3x3", dtype), *(("cuda maxpool2x2", f"{dtype} {form.format(packet)}") for form in forms)}
+        wanted |= {("cuda conv3x3_mma", f"{dtype.replace('fp32', 'tf32')} {tile}") for tile in TILES}
+    assert names == wanted
+    dynamic = {row.kernel for row in rows() if row.kernel.startswith("cuda") and row.shared}
+    with_shared = {f.stem for f in CUDA.glob("*.cu*") if "extern __shared__" in f.read_text()}
+    assert dynamic == {f"cuda {stem}" for stem in with_shared}, "the table must add dynamic shared memory"
+    of_tensor_cores = [row for row in rows() if row.kernel in ("cuda conv3x3_mma", "cuda block1")]
+    assert {row.loads.keys() <= {"LDGSTS.128"} and row.tensor > 0 for row in of_tensor_cores} == {True}
     assert missed(sm, "cuda") == expected(sm, "cuda")
 
 
@@ -119,7 +124,8 @@ def row(**columns: Any) -> Row:
     """A row that passes every gate, but for what is said."""
     good = Row(
         kernel="triton conv3x3", sm=80, configuration="fp16", pool=False, threads=128, registers=200, stack=0, local=0,
-        shared=98_304, tensor=128, barriers=9, shuffles=0, sass=1352, loop=306, loads={"LDGSTS.128": 16}, k_step=306.0, overhead=130,
+        shared=98_304, tensor=128, barriers=9, shuffles=0, sass=1352, loop=306, loads={"LDGSTS.128": 16}, k_step=306.0,
+        overhead=130,
     )  # fmt: skip
     return replace(good, **columns)
 
@@ -134,10 +140,19 @@ def row(**columns: Any) -> Row:
         ({"sm": 120, "shared": 98_304 + 4096}, {"shared": 98_304 + 4096}),
         ({"threads": 384}, {"registers": 200}),
         ({"kernel": "cuda conv3x3", "registers": 172}, {"registers": 172}),
-        ({"kernel": "cuda conv3x3_sm90", "registers": 168, "threads": 384, "k_step": 67.0}, {}),
+        ({"kernel": "cuda block1", "registers": 255}, {}),
+        ({"kernel": "cuda block1", "registers": 257}, {"registers": 257}),
+        ({"kernel": "cuda conv3x3_mma", "configuration": "fp16 256x128", "registers": 255, "threads": 256}, {}),
+        ({"kernel": "cuda conv3x3_mma", "configuration": "fp16 128x64", "registers": 172}, {"registers": 172}),
+        ({"kernel": "cuda conv3x3_mma", "configuration": "fp16 256x128", "k_step": 321.0}, {"k_step": 321.0}),
         (
-            {"kernel": "cuda conv3x3_sm90", "registers": 176, "threads": 384, "k_step": 71.0},
-            {"registers": 176, "k_step": 71.0},
+            {"kernel": "cuda conv3x3_mma", "configuration": "tf32 128x64", "registers": 160, "tensor": 0},
+            {"tensor": "none"},
+        ),
+        ({"kernel": "cuda conv3x3_sm90", "registers": 168, "threads": 384, "k_step": 78.0}, {}),
+        (
+            {"kernel": "cuda conv3x3_sm90", "registers": 176, "threads": 384, "k_step": 81.0},
+            {"registers": 176, "k_step": 81.0},
         ),
         ({"loads": {"LDGSTS.128": 15, "LDGSTS.64": 2}}, {"loads": {"LDGSTS.64": 2}}),
         ({"loads": {"LDG.128": 16}}, {"loads": {"LDG.128": 16}}),
@@ -188,7 +203,7 @@ LISTING = """
 """
 
 
-def test_the_main_loop_is_the_shortest_that_multiplies_the_most() -> None:
+def test_the_main_loop_is_the_innermost_that_multiplies_the_most() -> None:
     opcodes, loop = machine_code.disassembled(LISTING)
     assert len(opcodes) == 13
     assert [op.split(".")[0] for op in loop] == ["LDGSTS", "LDGDEPBAR", "HMMA", "UIADD3", "BAR", "BRA"]
@@ -196,6 +211,8 @@ def test_the_main_loop_is_the_shortest_that_multiplies_the_most() -> None:
     assert [op.split(".")[0] for op in loop] == ["LDG", "FFMA", "FFMA", "BRA"]
     opcodes, loop = machine_code.disassembled(LISTING.replace("HMMA.16816.F32", "IMAD").replace("FFMA", "IMAD"))
     assert loop == opcodes
+    beside = LISTING.replace("FFMA R2", "HMMA.16816.F32 R4")  # two loops in a third: the second has fewer products
+    assert [op.split(".")[0] for op in machine_code.disassembled(beside)[1]] == ["LDG", "HMMA", "HMMA", "BRA"]
     with pytest.raises(RuntimeError, match="no instruction found"):
         machine_code.disassembled("nothing")
 

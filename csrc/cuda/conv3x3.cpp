@@ -5,8 +5,8 @@
 
 namespace vgg_fast::cuda {
 
-Layer plan_layer(const Tensor& x, int64_t cin, int64_t h, int64_t w, const Tensor& weight, const Tensor& affine,
-                 int64_t step, bool tf32, DeviceLimits limits) {
+Layer plan_layer(const Tensor& x, bool aligned, int64_t cin, int64_t h, int64_t w, const Tensor& weight,
+                 const Tensor& affine, int64_t step, bool tf32, DeviceLimits limits) {
   const char* op = "conv3x3 (cuda): ";
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(1) == 3 && weight.size(2) == 3 && weight.size(3) == cin &&
                       weight.is_contiguous(),
@@ -40,19 +40,38 @@ Layer plan_layer(const Tensor& x, int64_t cin, int64_t h, int64_t w, const Tenso
   a.cout = cout;
   a.dtype = kernel_dtype("conv3x3", x);
   a.relu = step & kRelu;
+  const bool by_16_bytes = aligned && reinterpret_cast<uintptr_t>(a.weight) % 16 == 0;
+  if (a.n == 0 || !by_16_bytes || limits.sm < 80 || (a.dtype == DType::kFloat32 && !tf32)) return layer;
   const MmaProblem problem{a.n, a.h, a.w, a.cin, a.cout, a.dtype};
-  const bool wanted = limits.sm >= 80 && (a.dtype != DType::kFloat32 || tf32);
-  if (wanted && a.n > 0 && !mma_unsupported(problem)) {
+  const Sm90Problem on_hopper{a.n, a.h, a.w, a.cin, a.cout, a.dtype};
+  if (!sm90_unsupported(on_hopper, limits.sm)) {
+    layer.hopper = plan_sm90(on_hopper, limits.multiprocessors);
+    layer.kernel = Kernel::kHopper;
+  } else if (!mma_unsupported(problem)) {
     layer.plan = plan_mma(problem, limits.multiprocessors);
-    layer.tensor_cores = layer.plan.clocks >= 0;
+    if (layer.plan.clocks >= 0) layer.kernel = Kernel::kTensorCores;
   }
   return layer;
 }
 
 void launch_layer(const Layer& layer, const void* x, void* full, void* pooled, void* partial, void* arrived,
-                  Queue queue) {
+                  DeviceLimits limits, Queue queue) {
   Conv3x3Args a = layer.args;
-  if (layer.tensor_cores) {
+  if (layer.kernel == Kernel::kHopper) {
+    Sm90Args args{};
+    args.x = x;
+    args.weight = a.weight;
+    args.affine = a.affine;
+    args.out = full;
+    args.pooled = pooled;
+    args.partial = static_cast<float*>(partial);
+    args.arrived = static_cast<unsigned*>(arrived);
+    args.relu = a.relu;
+    const Sm90Problem problem{a.n, a.h, a.w, a.cin, a.cout, a.dtype};
+    check_launch("conv3x3", launch_conv3x3_sm90(args, problem, limits.multiprocessors, queue));
+    return;
+  }
+  if (layer.kernel == Kernel::kTensorCores) {
     MmaArgs args = mma_args({a.n, a.h, a.w, a.cin, a.cout, a.dtype}, layer.plan);
     args.x = x;
     args.weight = a.weight;

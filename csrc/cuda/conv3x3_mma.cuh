@@ -234,11 +234,12 @@ __device__ void store(const MmaArgs& a, void* out, int64_t pixel, int co, const 
                       const float* affine) {
   using T = typename K::T;
   if (co >= a.cout) return;
+  const float floor = a.relu ? 0.0f : __int_as_float(0xff800000);  // -Inf
   float y[K::kUnit];
 #pragma unroll
   for (int i = 0; i < K::kUnit; ++i) {
     y[i] = fmaf(sum[i], affine[i], affine[K::kBn + i]);
-    if (a.relu && y[i] < 0.0f) y[i] = 0.0f;  // keeps NaN
+    if (y[i] < floor) y[i] = 0.0f;  // keeps NaN
   }
   T* to = static_cast<T*>(out) + pixel * a.cout + co;
   if (a.cout % K::kUnit == 0) {

@@ -24,14 +24,14 @@ Encode find_encode() {
 
 // A tensor of five dimensions and the box of it that is copied at once, innermost first; strides in bytes.
 const char* encode(CUtensorMap& map, DType dtype, const void* data, const cuuint64_t (&sizes)[5],
-                   const cuuint64_t (&strides)[4], const cuuint32_t (&box)[5]) {
+                   const cuuint64_t (&strides)[4], const cuuint32_t (&box)[5], CUtensorMapSwizzle swizzle) {
   static const Encode function = find_encode();
   if (!function) return "this driver has no cuTensorMapEncodeTiled; that of CUDA 12.0 has, and later ones";
   constexpr cuuint32_t kEach[5] = {1, 1, 1, 1, 1};
   const CUresult result =
       function(&map, dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 5,
-               const_cast<void*>(data), sizes, strides, box, kEach, CU_TENSOR_MAP_INTERLEAVE_NONE,
-               CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+               const_cast<void*>(data), sizes, strides, box, kEach, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+               CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refused a tensor; please report its sizes";
 }
 
@@ -39,14 +39,14 @@ const char* encode(CUtensorMap& map, DType dtype, const void* data, const cuuint
 const char* encode_pixels(CUtensorMap& map, const Sm90Args& args, const Sm90Problem& p) {
   const cuuint64_t n = p.n, h = p.h, w = p.w, pixel = 2 * p.cin;
   return encode(map, p.dtype, args.x, {8, w, h, pixel / kCell, n}, {pixel, w * pixel, kCell, h * w * pixel},
-                {8, kHalo, kHalo, kChunk / 8, 1});
+                {8, kHalo, kHalo, kChunk / 8, 1}, CU_TENSOR_MAP_SWIZZLE_NONE);
 }
 
-// The weights as [cin / 16][tap][2][cout / 32][32 * 8]: rows of 512 bytes, the longest that a box may have.
+// The weights as [cout / 32][4 b][4 t][2 e][tap, ci], of channels 32 a + 8 t + 2 b + e.
 const char* encode_weights(CUtensorMap& map, const Sm90Args& args, const Sm90Problem& p) {
-  const cuuint64_t plane = kCell * p.cout, groups = p.cout / 32, chunks = p.cin / 16;
-  return encode(map, p.dtype, args.weight, {256, groups, 2, 9, chunks}, {512, plane, 2 * plane, 18 * plane},
-                {256, kColumns / 32, 2, 1, kChunk / 16});
+  const cuuint64_t row = 9 * 2 * p.cin, groups = p.cout / 32;
+  return encode(map, p.dtype, args.weight, {row / 2, 2, 4, 4, groups}, {row, 8 * row, 2 * row, 32 * row},
+                {kChunk, 2, 4, 4, kColumns / 32}, CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
 template <typename T>
@@ -90,6 +90,9 @@ const char* launch_typed(const Sm90Args& args, const Sm90Problem& p, const Sm90P
 
 const char* launch_conv3x3_sm90(const Sm90Args& args, const Sm90Problem& p, int multiprocessors, Queue queue) {
   if (const char* reason = sm90_unsupported(p, 90)) return reason;
+  for (const void* data : {args.x, args.weight, static_cast<const void*>(args.affine),
+                           static_cast<const void*>(args.out), static_cast<const void*>(args.pooled)})
+    if (reinterpret_cast<uintptr_t>(data) % 16) return "a tensor does not begin at a multiple of 16 bytes; copy it";
   if (p.n == 0) return nullptr;
   const Sm90Plan plan = plan_sm90(p, multiprocessors);
   if (plan.split > 1 && !(args.partial && args.arrived)) return "no workspace for the partial sums of the plan";

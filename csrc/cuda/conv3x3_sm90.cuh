@@ -9,14 +9,18 @@
 // consumer warpgroups multiply, two blocks (or one) each. What lies outside the image TMA fills with zeros: that is the
 // padding, and no size is special.
 //
-// In shared memory a halo and a tap's weights are
-//   [chunk / 8][halo row 10][halo column 10][8 channels]     cells of 16 bytes
-//   [chunk / 8][128 of cout][8 channels]
-// so the rows of a core matrix (8 neighbouring pixels, or channels, x 8 channels) lie side by side: wgmma operands
-// without swizzling, for ANY start. A tap is the start of the halo moved by kh * 10 + kw cells. So each pixel is copied
-// once (1.56 times, with the halos) and not nine times. The price are rows of 16 bytes for TMA, each of them half a
-// sector. 128-byte rows under a swizzle would not have it, but then a tap's start would not be a multiple of the
-// swizzle's 1024 bytes, and what wgmma does there is not documented.
+// In shared memory a halo is
+//   [chunk / 8][halo row 10][halo column 10][8 channels]     16-byte cells: (channels * 100 + row * 10 + column) * 16
+// so the rows of a core matrix (8 neighbouring pixels x 8 channels) lie side by side: a wgmma operand without
+// swizzling, for ANY start, and a tap is the start moved by kh * 10 + kw cells. So each pixel is copied once (1.56
+// times, with the halos) and not nine times. The price are rows of 16 bytes for TMA, each of them half a sector.
+// 128-byte rows under a swizzle would not have it, but then a tap's start would not be a multiple of the swizzle's 1024
+// bytes, and what wgmma does there is not documented.
+//
+// A tap's weights are 128 rows of 64 channels under the 128-byte swizzle. TMA copies their rows in another order (the
+// dimensions of a tensor map may be any), so that a thread's accumulators are of 8 neighbouring output channels:
+// 16-byte stores, no shuffles, no shared memory in the epilogue.
+//   row 32 a + 8 b + 2 t + e holds channel 32 a + 8 t + 2 b + e:  b < 4, t = lane % 4, e < 2
 #pragma once
 
 #include <cuda_runtime.h>
@@ -31,12 +35,12 @@ constexpr int kBlock = kSm90Block, kHalo = kBlock + 2, kColumns = kSm90Columns, 
 constexpr int kConsumers = 2, kThreads = 128 * (kConsumers + 1);
 constexpr int kCell = 16, kPlane = kHalo * kHalo * kCell;  // bytes: 8 channels of a pixel, of a halo
 constexpr int kHaloBytes = kChunk / 8 * kPlane, kPixelBytes = kSm90Whole * kHaloBytes;
-constexpr int kWeightPlane = kColumns * kCell, kWeightBytes = kChunk / 8 * kWeightPlane;
+constexpr int kWeightBytes = kColumns * kChunk * 2;
 constexpr int kPixelStages = 2, kWeightStages = 7;  // a stage of pixels serves nine of weights
 constexpr int kWeightsAt = kPixelStages * kPixelBytes, kBarriersAt = kWeightsAt + kWeightStages * kWeightBytes;
 constexpr int kFlagAt = kBarriersAt + 2 * (kPixelStages + kWeightStages) * 8, kSharedBytes = kFlagAt + 16;
 static_assert(kSharedBytes == 217248, "all of it dynamic: no cubin tells, so the tests read it here");
-static_assert(kSharedBytes <= 227 * 1024);
+static_assert(kSharedBytes <= 227 * 1024 && kWeightsAt % 1024 == 0);
 
 // 64 accumulators for each of two blocks; 24 * 128 + 240 * 256 = 168 * 384, what the launch bounds leave to a thread.
 constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
@@ -84,6 +88,12 @@ struct Block {
   }
 };
 
+// How many taps the first consumer is ahead of the second. Either keeps the tensor cores busy alone, so the one's
+// epilogue is hidden behind the other's products, for as long as the lead lasts: 512 clocks a tap, an epilogue is 1000
+// to 1500. Whoever is ahead loses the lead in his epilogue and has it back in the other's.
+constexpr int kLead = 3;
+constexpr int kGatherBarrier = 1, kLeadBarrier = 2;
+
 // A place in a ring of kStages, and the parity of the phase that fills it.
 template <int kStages>
 struct Ring {
@@ -130,8 +140,8 @@ __device__ inline void produce(const CUtensorMap& x, const CUtensorMap& weight, 
       for (int tap = 0; tap < 9; ++tap) {
         ptx90::mbarrier_wait(shared.weights_empty(weights.stage), weights.parity ^ 1);
         ptx90::mbarrier_arrive_expect(shared.weights_full(weights.stage), kWeightBytes);
-        ptx90::copy_box(shared.weights(weights.stage), weight, shared.weights_full(weights.stage), 0, item.column / 32,
-                        0, tap, channel / 16);
+        ptx90::copy_box(shared.weights(weights.stage), weight, shared.weights_full(weights.stage),
+                        tap * t.cin + channel, 0, 0, 0, item.column / 32);
         weights.advance();
       }
     }
@@ -239,9 +249,9 @@ __device__ void store_windows(const Task& t, const Block (&blocks)[kOwn], int co
 
 template <typename T, int kOwn>
 __device__ void multiply(const Task& t, const Item& item, Shared shared, int consumer, int lane,
-                         Ring<kPixelStages>& pixels, Ring<kWeightStages>& weights, float (&sums)[kOwn][64]) {
-  constexpr uint64_t kPixelMatrix = ptx90::matrix_descriptor(kPlane, kHalo * kCell);
-  constexpr uint64_t kWeightMatrix = ptx90::matrix_descriptor(kWeightPlane, 8 * kCell);
+                         Ring<kPixelStages>& pixels, Ring<kWeightStages>& weights, int& lead, float (&sums)[kOwn][64]) {
+  constexpr uint64_t kPixelMatrix = ptx90::matrix_descriptor(kPlane, kHalo * kCell, false);
+  constexpr uint64_t kWeightMatrix = ptx90::matrix_descriptor(16, 8 * kChunk * 2, true);
   uint32_t read_weights = 0, read_pixels = 0;  // the mbarriers of the stages that the products under way read
   for (int channel = item.begin; channel < item.end; channel += kChunk) {
     ptx90::mbarrier_wait(shared.pixels_full(pixels.stage), pixels.parity);
@@ -250,16 +260,17 @@ __device__ void multiply(const Task& t, const Item& item, Shared shared, int con
     for (int tap = 0; tap < 9; ++tap) {
       const bool first = channel == item.begin && tap == 0;
       ptx90::mbarrier_wait(shared.weights_full(weights.stage), weights.parity);
-      const uint64_t pixel = halos + (tap % 3 * kHalo + tap / 3);  // kw is the slower of the two
+      const uint64_t pixel = halos + (tap / 3 * kHalo + tap % 3);
       const uint64_t weight = ptx90::at(kWeightMatrix, shared.weights(weights.stage));
       ptx90::wgmma_fence();
 #pragma unroll
       for (int k = 0; k < kChunk / 16; ++k)
 #pragma unroll
         for (int i = 0; i < kOwn; ++i)
-          ptx90::wgmma_m64n128k16<T>(sums[i], pixel + (i * kHaloBytes + 2 * k * kPlane) / 16,
-                                     weight + 2 * k * kWeightPlane / 16, k > 0 || !first);
+          ptx90::wgmma_m64n128k16<T>(sums[i], pixel + (i * kHaloBytes + 2 * k * kPlane) / 16, weight + 2 * k,
+                                     k > 0 || !first);
       ptx90::wgmma_commit();
+      if (lead > 0 && --lead == 0) ptx90::barrier_arrive(kLeadBarrier, 128 * kConsumers);
       ptx90::wgmma_wait<1>();
       // The tap before is done. Each warp speaks for itself.
       if (lane == 0 && !first) {
@@ -288,10 +299,10 @@ __device__ inline bool gather(const Task& t, const Item& item, Shared shared, fl
   for (int q = 0; q < 16; ++q)
     parts[(item.part * 16 + q) * kEach] = make_float4(sums[4 * q], sums[4 * q + 1], sums[4 * q + 2], sums[4 * q + 3]);
   __threadfence();
-  ptx90::barrier_sync(1, kEach);
+  ptx90::barrier_sync(kGatherBarrier, kEach);
   if (thread == 0)  // the counter is back at zero after the last one
     ptx90::store_shared(shared.start + kFlagAt, atomicInc(t.arrived + item.tile, t.split - 1) == t.split - 1);
-  ptx90::barrier_sync(1, kEach);
+  ptx90::barrier_sync(kGatherBarrier, kEach);
   if (!ptx90::load_shared(shared.start + kFlagAt)) return false;
   __threadfence();
 #pragma unroll
@@ -311,10 +322,10 @@ __device__ inline bool gather(const Task& t, const Item& item, Shared shared, fl
 
 template <typename T, int kOwn>
 __device__ void consume(const Task& t, const Item& item, Shared shared, int consumer, Ring<kPixelStages>& pixels,
-                        Ring<kWeightStages>& weights) {
+                        Ring<kWeightStages>& weights, int& lead) {
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   float sums[kOwn][64];
-  multiply<T>(t, item, shared, consumer, lane, pixels, weights, sums);
+  multiply<T>(t, item, shared, consumer, lane, pixels, weights, lead, sums);
   if constexpr (kOwn == 1)
     if (t.split > 1 && !gather(t, item, shared, sums[0])) return;
   const int block = item.block + kOwn * consumer;
@@ -333,7 +344,7 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads, 1)
     conv3x3_sm90_kernel(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap weight,
                         const Task t) {
-  extern __shared__ __align__(128) uint8_t memory[];
+  extern __shared__ __align__(1024) uint8_t memory[];  // all there is: it starts where the shared memory does
   const Shared shared{ptx90::shared_address(memory)};
   if (threadIdx.x == 0) {
     for (int i = 0; i < kPixelStages; ++i) {
@@ -360,14 +371,16 @@ __global__ void __launch_bounds__(kThreads, 1)
     return;
   }
   ptx90::take_registers<kConsumerRegisters>();
+  int lead = group == 0 ? kLead : 0;
+  if (group != 0) ptx90::barrier_sync(kLeadBarrier, 128 * kConsumers);
   Ring<kPixelStages> pixels;
   Ring<kWeightStages> weights;
   for (int i = blockIdx.x; i < t.items; i += gridDim.x) {
     const Item item(t, i);
     if (item.whole)
-      consume<T, 2>(t, item, shared, group, pixels, weights);
+      consume<T, 2>(t, item, shared, group, pixels, weights, lead);
     else
-      consume<T, 1>(t, item, shared, group, pixels, weights);
+      consume<T, 1>(t, item, shared, group, pixels, weights, lead);
   }
 }
 

@@ -35,8 +35,7 @@ Sm90Plan plan_sm90(const Sm90Problem& problem, int multiprocessors);
 // All pointers are aligned to 16 bytes.
 struct Sm90Args {
   const void* x;        // [n, h, w, cin], dtype
-  const void* weight;   // [cin / 16, kw 3, kh 3, 2, cout, 8], dtype; row 32 a + 8 b + 2 t + e of cout is channel
-                        // 32 a + 8 t + 2 b + e, with b and t below 4 and e below 2
+  const void* weight;   // [cout, 3, 3, cin], dtype
   const float* affine;  // [2, cout]: scale >= 0, so that the maximum may be taken over the sums, and shift
   void* out;            // y: [n, h, w, cout], dtype, or null
   void* pooled;         // y's maxima over 2x2 windows: [n, h / 2, w / 2, cout], dtype, or null

@@ -13,7 +13,7 @@ namespace {
 
 int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
-int64_t aligned(int64_t bytes) { return (bytes + 255) / 256 * 256; }
+int64_t rounded(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
 // Offsets into the workspace: partial sums and counters that the layers use one after the other, and two maps that
 // they read and write in turn.
@@ -28,11 +28,11 @@ struct Workspace {
 Workspace workspace_of(const std::vector<Layer>& layers) {
   Workspace w;
   for (const Layer& layer : layers) {
-    w.partial = std::max(w.partial, aligned(layer.plan.partial_bytes));
-    w.counters = std::max(w.counters, aligned(layer.plan.counter_bytes));
+    w.partial = std::max(w.partial, rounded(layer.partial_bytes()));
+    w.counters = std::max(w.counters, rounded(layer.counter_bytes()));
     const bool in_workspace = &layer != &layers.back() && !layer.in_next && (layer.pool() || !layer.tap());
     const int64_t pixels = layer.args.n * layer.out_h() * layer.out_w();
-    if (in_workspace) w.map = std::max(w.map, aligned(pixels * layer.args.cout * element_size(layer.args.dtype)));
+    if (in_workspace) w.map = std::max(w.map, rounded(pixels * layer.args.cout * element_size(layer.args.dtype)));
   }
   return w;
 }
@@ -55,17 +55,19 @@ std::vector<Tensor> conv_stack_taps(const Tensor& any_x, const std::vector<Tenso
   const DeviceScope scope(any_x);
   const Queue queue = scope.queue();
   const DeviceLimits limits = device_limits(queue.device);
+  const Tensor x = torch::stable::contiguous(any_x, torch::headeronly::MemoryFormat::ChannelsLast);
+  bool aligned = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
   std::vector<Layer> layers;
   int64_t cin = any_x.size(1), h = any_x.size(2), w = any_x.size(3);
   for (size_t i = 0; i < program.size(); ++i) {
-    layers.push_back(plan_layer(any_x, cin, h, w, weights[i], affines[i], program[i], tf32, limits));
+    layers.push_back(plan_layer(x, aligned, cin, h, w, weights[i], affines[i], program[i], tf32, limits));
+    aligned = true;  // what is allocated here is
     cin = layers.back().args.cout;
     h = layers.back().out_h();
     w = layers.back().out_w();
   }
   fuse_first_block(layers);
 
-  const Tensor x = torch::stable::contiguous(any_x, torch::headeronly::MemoryFormat::ChannelsLast);
   const Workspace plan = workspace_of(layers);
   Tensor workspace =
       torch::stable::empty({plan.bytes()}, torch::headeronly::ScalarType::Byte, std::nullopt, x.device());
@@ -97,7 +99,7 @@ std::vector<Tensor> conv_stack_taps(const Tensor& any_x, const std::vector<Tenso
     if (layer.with_previous)
       launch_first_block(layers[i - 1], layer, from, full, pooled, queue);
     else
-      launch_layer(layer, from, full, pooled, memory, memory + plan.counters_at(), queue);
+      launch_layer(layer, from, full, pooled, memory, memory + plan.counters_at(), limits, queue);
     // An operator may not return one tensor twice.
     if (last && layer.tap() && !layer.pool()) results.push_back(torch::stable::clone(results.back()));
     from = to;

@@ -46,6 +46,11 @@ __device__ inline void barrier_sync(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
+// The same without waiting for the others.
+__device__ inline void barrier_arrive(int number, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
 __device__ inline void store_shared(uint32_t address, uint32_t value) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
@@ -91,10 +96,11 @@ __device__ inline void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory");
 }
 
-// A matrix in shared memory, K-major and not swizzled. Core matrices are 8 rows of 16 bytes, side by side; those that
-// are neighbours along k lie `leading` bytes apart, those along the rows `stride` bytes (9.7.15.5.1.2).
-__host__ __device__ constexpr uint64_t matrix_descriptor(int leading, int stride) {
-  return uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32;
+// A matrix in shared memory, K-major (9.7.15.5.1.2). Core matrices are 8 rows of 16 bytes; those that are neighbours
+// along the rows lie `stride` bytes apart. Without swizzling the rows of a core matrix lie side by side, and neighbours
+// along k are `leading` bytes apart; with 128-byte swizzling a row is 128 bytes, and `leading` means nothing.
+__host__ __device__ constexpr uint64_t matrix_descriptor(int leading, int stride, bool swizzle128) {
+  return uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 | uint64_t(swizzle128) << 62;
 }
 
 // The descriptor of the matrix at this address; addresses are below 2^18, so that bits never carry out of the field.

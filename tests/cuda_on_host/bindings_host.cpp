@@ -9,6 +9,7 @@
 #include "block1_cuda.h"
 #include "conv3x3_cuda.h"
 #include "conv3x3_mma_cuda.h"
+#include "conv3x3_sm90_cuda.h"
 #include "cuda_runtime.h"
 #include "maxpool2x2_cuda.h"
 #include "torch_device.h"
@@ -19,7 +20,7 @@ namespace vgg_fast::cuda {
 DeviceScope::DeviceScope(const torch::stable::Tensor&) {}
 
 static DeviceLimits limits{};  // none: the plain kernels
-static int tensor_core_launches = 0, first_blocks = 0;
+static int tensor_core_launches = 0, hopper_launches = 0, first_blocks = 0;
 
 DeviceLimits device_limits(int) { return limits; }
 
@@ -36,6 +37,26 @@ const char* launch_conv3x3_mma(const MmaArgs& a, DType dtype, const MmaPlan& pla
   plain.out = a.pooled;
   plain.pool = true;
   return a.pooled ? launch_conv3x3(plain, queue) : nullptr;
+}
+
+// The same for Hopper's.
+const char* launch_conv3x3_sm90(const Sm90Args& a, const Sm90Problem& p, int multiprocessors, Queue queue) {
+  const Sm90Plan cut = plan_sm90(p, multiprocessors);
+  MmaPlan plan{};
+  plan.split = cut.split;
+  plan.partial_bytes = cut.partial_bytes;
+  plan.counter_bytes = cut.counter_bytes;
+  MmaArgs args = mma_args({p.n, p.h, p.w, p.cin, p.cout, p.dtype}, plan);
+  args.x = a.x;
+  args.weight = a.weight;
+  args.affine = a.affine;
+  args.out = a.out;
+  args.pooled = a.pooled;
+  args.partial = a.partial;
+  args.arrived = a.arrived;
+  args.relu = a.relu;
+  ++hopper_launches;
+  return launch_conv3x3_mma(args, p.dtype, plan, queue);
 }
 
 // The same for the first block.
@@ -75,6 +96,10 @@ extern "C" {
 __attribute__((visibility("default"))) int pretend_device(int sm, int multiprocessors) {
   vgg_fast::cuda::limits = {sm, multiprocessors};
   return std::exchange(vgg_fast::cuda::tensor_core_launches, 0);
+}
+
+__attribute__((visibility("default"))) int hopper_launches() {
+  return std::exchange(vgg_fast::cuda::hopper_launches, 0);
 }
 
 __attribute__((visibility("default"))) int block1_launches() { return std::exchange(vgg_fast::cuda::first_blocks, 0); }

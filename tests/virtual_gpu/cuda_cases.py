@@ -72,6 +72,12 @@ def plan(wanted: MmaProblem, multiprocessors: int = A100, tile: int = -1, split:
     return result
 
 
+def plan_block1(n: int, h: int, w: int) -> MmaPlan:
+    result = MmaPlan()
+    planner().plan_block1_for(*(ctypes.c_int64(size) for size in (n, h, w)), ctypes.byref(result))
+    return result
+
+
 TILES = ("256x128", "128x64", "256x64")  # kMmaTiles
 
 
@@ -134,8 +140,7 @@ def block1(
 ) -> dict[str, Tensor]:
     """Two convolutions with ReLU; ``x`` channels_last, weights [Cout, Cin, 3, 3]."""
     (n, cin, h, w), cout = x.shape, weights[1].shape[0]
-    wanted, cut, args = problem(n, h, w, 64, cout, x.dtype), MmaPlan(), MmaArgs()
-    planner().plan_block1_for(*(ctypes.c_int64(size) for size in (n, h, w)), ctypes.byref(cut))
+    wanted, cut, args = problem(n, h, w, 64, cout, x.dtype), plan_block1(n, h, w), MmaArgs()
     planner().args_for(ctypes.byref(wanted), ctypes.byref(cut), ctypes.byref(args))
     fields: dict[str, Any] = {name: getattr(args, name) for name, _ in MmaArgs._fields_}
     first, second = (weight.permute(0, 2, 3, 1).contiguous() for weight in weights)

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import triton
 
+from tests.virtual_gpu import cuda_cases
 from tests.virtual_gpu.cases import CUDA, find_nvcc
 from tests.virtual_gpu.launch import compile_triton
 from tests.virtual_gpu.sm90 import shared_bytes
@@ -58,7 +59,10 @@ SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # per CTA; CUDA g
 SHARED_LIMIT |= {89: 99 << 10, 120: 99 << 10}
 REGISTERS = 65536  # of a multiprocessor
 RESIDENT = {"triton": 8, "cuda": 12}  # warps that should fit one
-HOPPER_K_STEP = 70  # conv3x3_sm90: addresses are in its descriptors, a k-step is 8 wgmma and little else; measured: 67
+RESIDENT |= {"256x128": 8, "128x64": 12, "256x64": 8, "block1": 8}  # those of csrc/cuda on tensor cores, by their tile
+RESIDENT |= {"conv3x3_sm90": 12}
+MMA_K_STEP = 320  # conv3x3_mma in 256x128; measured: 307 (sm_80) and 313 (sm_90)
+HOPPER_K_STEP = 80  # conv3x3_sm90: addresses are in its descriptors, a k-step is 8 wgmma and little else; measured: 78
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Row:
         kernel, sm, configuration: which; ``pool`` marks the pooled form of a configuration.
         threads: of a CTA.
         registers, stack, shared: of a thread, of a thread, of a CTA; bytes. Dynamic shared memory is not in a cubin:
-            that of Triton's kernels and of conv3x3_sm90 is added, the others of csrc/cuda have none.
+            that of Triton's kernels is added, and of csrc/cuda that of a VGG16's largest layer.
         local: instructions that access local memory: spills.
         tensor, barriers, shuffles, sass, loop: instructions; ``loop`` those of the main loop, the one that multiplies.
         loads: global loads of the main loop, by opcode and width; where other warps do them, their TMA copies.
@@ -155,7 +159,7 @@ def cuda_rows(sm: int) -> Iterator[Row]:
             subprocess.run(command, check=True)
             cubin = Path(file.name).read_bytes()
         for row in rows_of(cubin, f"cuda {source.stem}", sm):
-            yield Row(**row | {"shared": row["shared"] + shared_bytes()} if hopper else row)
+            yield Row(**row | {"shared": row["shared"] + dynamic_shared(source.stem, row["configuration"])})
 
 
 def rows_of(cubin: bytes, kernel: str, sm: int) -> Iterator[dict[str, Any]]:
@@ -183,6 +187,8 @@ def rows_of(cubin: bytes, kernel: str, sm: int) -> Iterator[dict[str, Any]]:
             loads = Counter({load: n for load, n in loads.items() if not load.startswith("LDG.")}) or loads
         loads = loads or Counter(load for op in opcodes if (load := global_load(op)) == "UTMALDG")
         dtype = next((d for mangled, d in MANGLED.items() if re.search(rf"I{mangled}[ELS]", name)), "")
+        if kernel.startswith("cuda"):
+            dtype = cuda_configuration(kernel.split()[1], name, dtype)
         yield count | {
             "kernel": kernel, "sm": sm, "configuration": dtype, "pool": "Lb1E" in name, "threads": threads,
             "registers": registers, "stack": stack, "shared": shared, "sass": len(opcodes), "loop": len(loop),
@@ -190,6 +196,29 @@ def rows_of(cubin: bytes, kernel: str, sm: int) -> Iterator[dict[str, Any]]:
             "k_step": round(len(loop) * K_STEP / macs, 1) if macs >= K_STEP and loop is not opcodes else None,
             "overhead": None if loop is opcodes else sum(not re.match(NEEDED, op) for op in loop),
         }  # fmt: skip
+
+
+def cuda_configuration(stem: str, name: str, dtype: str) -> str:
+    """The dtype, and what tells the kernels of one file from each other: tile, or function and elements of a packet."""
+    numbers = re.findall(r"Li(\d+)E", name)
+    if stem == "conv3x3_mma":
+        return f"{dtype.replace('fp32', 'tf32')} {cuda_cases.TILES[int(numbers[0])]}"
+    function = re.search(r"4cuda\d+(\w+?)_kernel", name)
+    return f"{dtype} {function[1]} x{numbers[0]}" if stem == "maxpool2x2" and function else dtype
+
+
+def dynamic_shared(stem: str, configuration: str) -> int:
+    """Bytes of a launch for the most demanding layer of a VGG16 of 224x224 images."""
+    if stem == "block1":
+        return cuda_cases.plan_block1(1, 224, 224).shared_bytes
+    if stem == "conv3x3_sm90":
+        return shared_bytes()
+    if stem != "conv3x3_mma":
+        return 0
+    tile = cuda_cases.TILES.index(configuration.split()[1])
+    sizes = ((224, 64), (112, 128), (56, 256), (28, 512), (14, 512))
+    problems = [cuda_cases.problem(32, size, size, c, c, torch.float16) for size, c in sizes]
+    return max(cuda_cases.plan(problem, tile=tile).shared_bytes for problem in problems)
 
 
 COUNTED = {
@@ -202,13 +231,13 @@ NEEDED = rf"{COUNTED['tensor']}|FFMA|LDSM|LDS\.|LDGSTS|UTMALDG|LDG\."
 
 
 def disassembled(body: str) -> tuple[list[str], list[str]]:
-    """The opcodes of a function, and those of its main loop: the shortest of those that multiply the most.
+    """The opcodes of a function, and those of its main loop: of the innermost that multiply, the one that does so most.
 
     Where no loop multiplies it was unrolled, and its instructions cannot be told from the rest: then it is everything.
     """
     opcodes: list[str] = []
     labels: dict[str, int] = {}
-    loops: list[list[str]] = []
+    loops: list[tuple[int, int]] = []
     for line in body.splitlines():
         if label := re.match(r"(\.L_x_\d+):", line):
             labels[label[1]] = len(opcodes)
@@ -216,17 +245,22 @@ def disassembled(body: str) -> tuple[list[str], list[str]]:
             opcodes.append(found[1])
             target = re.search(r"`\((\.L_x_\d+)\)", found[2])
             if found[1].startswith("BRA") and target and target[1] in labels:
-                loops.append(opcodes[labels[target[1]] :])
+                loops.append((labels[target[1]], len(opcodes)))
     if not opcodes:
         raise RuntimeError(f"no instruction found in the disassembly; it begins with {body[:200]!r}")
 
     on_tensor_cores = any(re.match(COUNTED["tensor"], op) for op in opcodes)
 
-    def products(loop: list[str]) -> int:
-        return sum(bool(re.match(COUNTED["tensor"] if on_tensor_cores else "FFMA", op)) for op in loop)
+    def products(loop: tuple[int, int]) -> int:
+        pattern = COUNTED["tensor"] if on_tensor_cores else "FFMA"
+        return sum(bool(re.match(pattern, op)) for op in opcodes[slice(*loop)])
 
-    main = min(loops, key=lambda loop: (-products(loop), len(loop)), default=[])
-    return opcodes, main if products(main) else opcodes
+    multiplying = [loop for loop in loops if products(loop)]
+    innermost = [
+        (a, b) for a, b in multiplying if not any(a <= c and d <= b and (c, d) != (a, b) for c, d in multiplying)
+    ]
+    main = min(innermost, key=lambda loop: (-products(loop), loop[1] - loop[0]), default=None)
+    return opcodes, opcodes[slice(*main)] if main else opcodes
 
 
 def multiply_adds(opcode: str) -> int:
@@ -260,13 +294,14 @@ def misses(row: Row, rows: list[Row]) -> dict[str, Any]:
     the instructions of a k-step, no shuffles (one where programs share a sum: all threads learn who is the last), and
     no more barriers when pooled than when not.
     """
-    warps = RESIDENT[row.kernel.split()[0]]
+    words = [*row.configuration.split(), *reversed(row.kernel.split())]
+    warps = next(RESIDENT[word] for word in words if word in RESIDENT)
     missed: dict[str, Any] = {
         "spills": row.stack + row.local,
         "shared": row.shared if row.shared > SHARED_LIMIT[row.sm] else 0,
         "registers": row.registers if row.registers * max(row.threads, warps * 32) > REGISTERS else 0,
     }
-    if "conv3x3" in row.kernel:
+    if "conv3x3" in row.kernel or row.kernel == "cuda block1":
         narrow = {load: n for load, n in row.loads.items() if load not in ("LDGSTS.128", "UTMALDG")}
         missed["loads"] = narrow if row.loads else "none"
         fma = row.configuration.startswith(("fp32", "ieee"))
@@ -279,6 +314,8 @@ def misses(row: Row, rows: list[Row]) -> dict[str, Any]:
             missed["k_step"] = row.k_step if (row.k_step or 0) > K_STEP_LIMIT.get(row.sm, math.inf) else 0
             if row.k_step is None and (row.overhead or 0) > OVERHEAD_LIMIT.get(row.sm, math.inf):
                 missed["overhead"] = row.overhead
+    if row.kernel == "cuda conv3x3_mma" and row.configuration in ("fp16 256x128", "bf16 256x128"):
+        missed["k_step"] = row.k_step if (row.k_step or math.inf) > MMA_K_STEP else 0
     if row.kernel == "cuda conv3x3_sm90":
         missed["k_step"] = row.k_step if (row.k_step or math.inf) > HOPPER_K_STEP else 0
     return {gate: measured for gate, measured in missed.items() if measured}

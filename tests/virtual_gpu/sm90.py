@@ -119,19 +119,13 @@ def entry(dtype: torch.dtype) -> Entry:
     return ptx_entry(_ptx(), f"conv3x3_sm90_kernel{DTYPES[dtype][1]}")
 
 
-def pack(weight: Tensor) -> Tensor:
-    """[Cout, Cin, 3, 3] as [Cin / 16, kw, kh, 2, Cout, 8]; row 32 a + 8 b + 2 t + e is channel 32 a + 8 t + 2 b + e."""
-    cout, cin = weight.shape[:2]
-    a_t_b_e = weight.view(cout // 32, 4, 4, 2, cin // 16, 2, 8, 3, 3)
-    return a_t_b_e.permute(4, 8, 7, 5, 0, 2, 1, 3, 6).reshape(cin // 16, 3, 3, 2, cout, 8)
-
-
 def maps(x: Tensor, packed: Tensor) -> tuple[Mapped, Mapped]:
-    """Of ``x`` [N, Cin, H, W] channels_last, and of packed weights."""
-    (n, cin, h, w), cout = x.shape, packed.shape[4]
+    """Of ``x`` [N, Cin, H, W] channels_last, and of weights [Cout, 3, 3, Cin]."""
+    (n, cin, h, w), cout = x.shape, packed.shape[0]
     cells = x.permute(0, 2, 3, 1).reshape(n, h, w, cin // 8, 8).permute(0, 3, 1, 2, 4)
-    rows = packed.view(cin // 16, 9, 2, cout // 32, 256)
-    return Mapped(x, (8, HALO, HALO, 8, 1), view=cells), Mapped(packed, (256, COLUMNS // 32, 2, 1, 4), view=rows)
+    rows = packed.view(cout // 32, 4, 4, 2, 9 * cin).permute(0, 2, 1, 3, 4)  # channel 32 a + 8 t + 2 b + e: a, b, t, e
+    box = (64, 2, 4, 4, COLUMNS // 32)
+    return Mapped(x, (8, HALO, HALO, 8, 1), view=cells), Mapped(packed, box, {"swizzle": 128}, rows)
 
 
 def outputs(x: Tensor, cout: int, out: bool, pooled: bool) -> dict[str, Tensor]:
@@ -179,7 +173,7 @@ def conv3x3(
     cut = plan(problem(n, h, w, cin, cout, x.dtype), multiprocessors)
     results = outputs(x, cout, out, pooled)
     scratch = workspace(cut)
-    packed = pack(weight)
+    packed = weight.permute(0, 2, 3, 1).contiguous()
     fields = task(x, cout, affine, relu, cut) | results | scratch
     options |= {"outputs": [*results], "scratch": [*scratch], "shared_bytes": shared_bytes()}
     launch(change(entry(x.dtype)), (min(cut.items, multiprocessors),), [*maps(x, packed), (Task, fields)], **options)
