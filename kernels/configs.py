@@ -85,7 +85,7 @@ _IEEE = (Config(64, 64, 32, 4, 3),)
 
 TILES = {
     "sm_80": {"16 bits": _SM80, "tf32": _TF32, "bf16x3": _BF16X3, "ieee": _IEEE},
-    "sm_89": {"16 bits": _SM80, "tf32": _TF32, "bf16x3": _BF16X3, "ieee": _IEEE},
+    "sm_89": {"16 bits": _SM80, "tf32": _TF32, "bf16x3": (Config(64, 64, 32, 8, 3),), "ieee": _IEEE},
     "sm_90": {
         "16 bits": (
             Config(128, 256, 64, 8, 4),
