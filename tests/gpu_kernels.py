@@ -54,8 +54,8 @@ def load(name: str) -> GpuKernels:
     if name.endswith(ON_A_GPU):
         return on_a_gpu(name.removesuffix(ON_A_GPU))
     if name == "triton":
-        conv, pool = interpreted("conv3x3"), interpreted("maxpool2x2")
-        return GpuKernels(conv.conv3x3, pool.maxpool2x2, conv.conv_stack, truncates_bf16=True)
+        conv, pool, stack = interpreted("conv3x3"), interpreted("maxpool2x2"), interpreted_stack()
+        return GpuKernels(conv.conv3x3, pool.maxpool2x2, lambda *a: stack.conv_stack(*a)[-1], truncates_bf16=True)
     cuda_on_host()
     ops = torch.ops.vgg_fast_cuda_on_host
     return GpuKernels(ops.conv3x3, ops.maxpool2x2, ops.conv_stack, truncates_bf16=False)
@@ -101,6 +101,14 @@ def interpreted(name: str) -> ModuleType:
     assert found is not None
     assert found.origin is not None
     return interpreted_file(found.origin, f"vgg_fast.kernels._interpreted_{name}")
+
+
+@functools.cache
+def interpreted_stack() -> ModuleType:
+    """``vgg_fast.kernels.stack`` over the interpreted convolution."""
+    module = interpreted("stack")
+    module.launch_of = interpreted("conv3x3").launch_of
+    return module
 
 
 def interpreted_file(path: str, name: str) -> ModuleType:

@@ -133,7 +133,7 @@ def test_a_fork_while_another_thread_packs():
     held, release = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with packs._lock:
+        with packs._lock.held():
             held.set()
             release.wait(60)
 

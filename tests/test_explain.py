@@ -212,3 +212,23 @@ def test_packed_weights_are_at_most_twice_the_originals(kernel):
     assert packed <= 2 * weights * (2 if kernel in ("amx_bf16", "avx512_bf16") else 4)
     if kernel != "amx_bf16x6":  # which nobody gets for tensors of 16 bits without asking
         assert packed <= 2 * weights * 2 * 1.001
+
+
+def test_the_times_that_a_kernel_was_chosen_by_are_shown():
+    """As on a GPU: each chain once, by its number in the table, however often its container was called."""
+    from vgg_fast.explain import Explanation, Segment, _timings
+    from vgg_fast.sequential import FusedSequential
+
+    layers = FusedSequential(conv(3, 8), nn.Tanh(), conv(8, 8), nn.Tanh(), conv(8, 8))
+    segments = [
+        Segment(layers, ("0",), "triton", "", "timed: triton 0.4 ms, PyTorch 0.6 ms"),
+        Segment(layers, ("1",), None, "Tanh is not a type that is fused"),
+        Segment(layers, ("2",), None, "timed: PyTorch 0.2 ms, triton 0.3 ms"),
+        Segment(layers, ("4",), "cuda", "", "timed: cuda 0.1 ms, PyTorch 0.2 ms"),
+    ]
+    timings = tuple(_timings(segments * 2))
+    assert timings == (
+        "chain 1 timed: triton 0.4 ms, PyTorch 0.6 ms",
+        "chain 2 timed: cuda 0.1 ms, PyTorch 0.2 ms",
+    )
+    assert all(line in str(Explanation((), True, (), timings)).splitlines() for line in timings)

@@ -16,12 +16,14 @@ KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 
 # From the meaning of things up to the command line; a module may import from its own layer and from lower ones.
 LAYERS = [
-    {"reference", "fold"},
+    {"reference", "fold", "locks"},
     {"testing"},
     {"library", "kernels"},
     {"selection"},
     {"ops"},
-    {"chains", "packs", "linear_chains", "gradients", "training", "sequential", "accelerate", "explain"},
+    {"winners", "gpu"},
+    {"tuning"},
+    {"chains", "packs", "choice", "linear_chains", "gradients", "training", "sequential", "accelerate", "explain"},
     {"models", "summary", "weights", "keras_files", "convert"},
     {"verify", "measure", "peers", "contest", "roofline", "scaling"}
     | {"verdicts", "verify_layers", "gpu_facts", "gpu_peers"},

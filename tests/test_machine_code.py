@@ -21,30 +21,43 @@ from gpu_kernels import CUDA, ROOT
 pytest.importorskip("triton", reason="Triton is not installed, whose package holds ptxas and the disassembler")
 from tests.virtual_gpu import machine_code
 from tests.virtual_gpu.machine_code import CUDA_SMS, TRITON_SMS, Row, misses
+from vgg_fast.kernels import configs
 
-# Plain first kernels: addresses are computed in every k-step, channels that do not fill 16 bytes are loaded one by one,
-# and csrc/cuda uses neither tensor cores nor shared memory.
+SIXTEEN_BITS = "fp16 256->256 in {}".format
+
+# Rows that are not 16-byte aligned are loaded element by element; csrc/cuda uses neither tensor cores nor shared memory.
 EXPECTED_MISSES: dict[tuple[str, str], dict[int, dict[str, Any]]] = {
-    ("triton conv3x3", "fp16 256->256 in 128x64x64"): {80: {"k_step": 448.0}, 90: {"k_step": 330.0}},
-    ("triton conv3x3", "fp16 256->256 in 128x64x64, pooled"): {
-        80: {"k_step": 448.0},
-        90: {"k_step": 334.0},
-        100: {"barriers": 28},  # the unpooled form has 20
+    # 18 copies and 16 rows of addresses instead of 16 and 8: that is what it saves bytes from the L2 with.
+    ("triton conv3x3", SIXTEEN_BITS("512x64x64, 8 warps")): {90: {"k_step": 203.0}},
+    ("triton conv3x3", SIXTEEN_BITS("512x64x64, 8 warps, pooled")): {90: {"k_step": 203.0}},
+    # Unpooled 6 (sm_90) or 21 (sm_100), where the accumulators come from tensor memory in another layout.
+    ("triton conv3x3", SIXTEEN_BITS("256x128x64, 8 warps, pooled")): {100: {"barriers": 29}},
+    ("triton conv3x3", SIXTEEN_BITS("128x128x64, 8 warps, pooled")): {90: {"barriers": 12}, 100: {"barriers": 29}},
+    ("triton conv3x3", SIXTEEN_BITS("256x64x64, 8 warps, pooled")): {100: {"barriers": 29}},
+    ("triton conv3x3", SIXTEEN_BITS("128x64x64, 4 warps, pooled")): {100: {"barriers": 29}},
+    ("triton conv3x3", SIXTEEN_BITS("64x64x64, 4 warps, pooled")): {90: {"barriers": 12}, 100: {"barriers": 29}},
+    ("triton conv3x3", "bf16 3->64 in 128x64x32, 4 warps"): {
+        80: {"loads": {"LDG.16": 43, "LDG.64": 8}},
+        89: {"loads": {"LDG.16": 43, "LDG.64": 8}},
+        90: {"loads": {"LDG.16": 43, "LDG.64": 16}},
+        100: {"loads": {"LDG.16": 43, "LDG.128": 32}},
+        120: {"loads": {"LDG.16": 43, "LDG.64": 8}},
     },
-    ("triton conv3x3", "bf16 64->64 in 128x64x64, pooled"): {80: {"k_step": 428.0}, 90: {"k_step": 392.9}},
-    ("triton conv3x3", "bf16 3->64 in 128x64x16"): {
-        80: {"k_step": 1648.0, "loads": {"LDG.16": 24}},
-        90: {"k_step": 1656.0, "loads": {"LDG.16": 24}},
-        100: {"loads": {"LDG.16": 24}},
-        120: {"loads": {"LDG.16": 24}},
+    ("triton conv3x3", "tf32 3->64 in 128x64x32, 4 warps"): {
+        80: {"loads": {"LDG.32": 43, "LDG.64": 8}},
+        89: {"loads": {"LDG.32": 43, "LDG.64": 8}},
+        90: {"loads": {"LDG.32": 43, "LDG.64": 16}},
+        100: {"loads": {"LDG.32": 43, "LDG.128": 32}},
+        120: {"loads": {"LDG.32": 43, "LDG.64": 8}},
     },
-    ("triton conv3x3", "fp16 37->53 in 128x64x16"): {
-        80: {"k_step": 1776.0, "loads": {"LDG.16": 23}},
-        90: {"k_step": 1704.0, "loads": {"LDG.16": 23}},
-        100: {"loads": {"LDG.16": 23}},
-        120: {"loads": {"LDG.16": 23}},
+    ("triton conv3x3", "ieee 3->64 in 64x64x16, 4 warps"): {sm: {"loads": {"LDGSTS.32": 16}} for sm in TRITON_SMS},
+    ("triton conv3x3", "fp16 37->53 in 128x64x32, 4 warps"): {
+        80: {"loads": {"LDG.16": 46}, "overhead": 718},
+        89: {"loads": {"LDG.16": 46}},
+        90: {"loads": {"LDG.16": 46}, "overhead": 475},
+        100: {"loads": {"LDG.16": 46}},
+        120: {"loads": {"LDG.16": 46}},
     },
-    ("triton conv3x3", "fp32 37->53 in 64x64x16"): {sm: {"loads": {"LDGSTS.32": 16}} for sm in TRITON_SMS},
     ("cuda conv3x3", "bf16"): {sm: {"tensor": "none", "loads": {"LDG.16": 52}} for sm in CUDA_SMS},
     ("cuda conv3x3", "fp16"): {sm: {"tensor": "none", "loads": {"LDG.16": 52}} for sm in CUDA_SMS},
     ("cuda conv3x3", "fp32"): {sm: {"loads": {"LDG.32": 52}} for sm in CUDA_SMS},
@@ -80,8 +93,8 @@ def expected(sm: int, family: str) -> dict[tuple[str, str], dict[str, Any]]:
 @pytest.mark.parametrize("sm", TRITON_SMS)
 def test_triton(sm: int) -> None:
     kernels = [row.kernel for row in rows() if row.sm == sm and row.kernel.startswith("triton")]
-    forms = (len(machine_code.CONV3X3), len(machine_code.MAXPOOL2X2))
-    assert (kernels.count("triton conv3x3"), kernels.count("triton maxpool2x2")) == forms
+    assert kernels.count("triton maxpool2x2") == len(machine_code.MAXPOOL2X2)
+    assert kernels.count("triton conv3x3") >= 3 * len(configs.TILES[configs.family(sm)]["16 bits"])
     assert missed(sm, "triton") == expected(sm, "triton")
 
 
@@ -102,7 +115,7 @@ def row(**columns: Any) -> Row:
     """A row that passes every gate, but for what is said."""
     good = Row(
         kernel="triton conv3x3", sm=80, configuration="fp16", pool=False, threads=128, registers=200, stack=0, local=0,
-        shared=98_304, tensor=128, barriers=9, shuffles=0, sass=1352, loop=306, loads={"LDGSTS.128": 16}, k_step=306.0,
+        shared=98_304, tensor=128, barriers=9, shuffles=0, sass=1352, loop=306, loads={"LDGSTS.128": 16}, k_step=306.0, overhead=130,
     )  # fmt: skip
     return replace(good, **columns)
 
@@ -115,18 +128,23 @@ def row(**columns: Any) -> Row:
         ({"local": 2}, {"spills": 2}),
         ({"shared": 163 * 1024 + 1}, {"shared": 163 * 1024 + 1}),
         ({"sm": 120, "shared": 98_304 + 4096}, {"shared": 98_304 + 4096}),
-        ({"threads": 256}, {"registers": 200}),
+        ({"threads": 384}, {"registers": 200}),
         ({"kernel": "cuda conv3x3", "registers": 172}, {"registers": 172}),
         ({"loads": {"LDGSTS.128": 15, "LDGSTS.64": 2}}, {"loads": {"LDGSTS.64": 2}}),
         ({"loads": {"LDG.128": 16}}, {"loads": {"LDG.128": 16}}),
         ({"loads": {"UTMALDG": 2}}, {}),
         ({"loads": {}}, {"loads": "none"}),
         ({"tensor": 0}, {"tensor": "none"}),
-        ({"configuration": "fp32"}, {"tensor": 128}),
+        ({"configuration": "ieee"}, {"tensor": 128}),
+        ({"configuration": "tf32", "tensor": 0}, {"tensor": "none"}),
         ({"shuffles": 256}, {"shuffles": 256}),
+        ({"shuffles": 1}, {"shuffles": 1}),
+        ({"shuffles": 1, "configuration": "fp16, sum of parts"}, {}),
         ({"k_step": 310.5}, {"k_step": 310.5}),
         ({"sm": 90, "k_step": 181.0}, {"k_step": 181.0}),
         ({"sm": 100, "k_step": None}, {}),
+        ({"k_step": None, "overhead": 135}, {"overhead": 135}),
+        ({"k_step": 306.0, "overhead": 135}, {}),
         ({"kernel": "triton maxpool2x2", "loads": {"LDG.16": 4}, "tensor": 0}, {}),
     ],
     ids=str,

@@ -274,3 +274,31 @@ def test_fingerprint_sees_every_row_and_column_of_a_matrix(size):
 def test_fingerprint_follows_strides():
     x = testing.random_tensor(40, 50)
     assert ops.fingerprint([x.t()]) == ops.fingerprint([x.t().contiguous()])
+
+
+# torch.compile
+
+
+def test_compile_and_export_keep_conv_stack_where_its_kernel_is_not_tritons():
+    kernel = selection.choose(torch.float32, torch.device("cpu"))
+    _, weights, affines = packed_chain(kernel, [3, 16, 24], torch.float32)
+    x, program = testing.random_tensor(2, 3, 9, 8), [1 | 4, 1 | 2 | 4]
+    seen: list[str] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    class Net(torch.nn.Module):
+        def forward(self, x):
+            return ops.conv_stack_taps(x, weights, affines, program, kernel, True)
+
+    from torch._dynamo.backends.common import aot_autograd
+
+    compiled = torch.compile(Net(), fullgraph=True, backend=aot_autograd(fw_compiler=keep))
+    with torch.no_grad():
+        for ours, expected in zip(compiled(x), Net()(x), strict=True):
+            assert torch.equal(ours, expected)
+    assert "vgg_fast.conv_stack_taps.default" in seen
+    exported = torch.export.export(Net(), (x,))
+    assert "vgg_fast.conv_stack_taps.default" in [str(node.target) for node in exported.graph.nodes]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import vgg_fast
-from vgg_fast import selection
+from vgg_fast import library, selection
 from vgg_fast.selection import Problem, select
 
 AVX2 = "avx2 fma f16c"
@@ -162,10 +164,81 @@ def test_auto_falls_back_to_the_reference_and_says_why():
     assert select(Problem(torch.float16, "cuda", "sm_90")) == "reference"
 
 
-def test_triton_by_name_on_gpus_nobody_here_has():
+GPUS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
+
+
+@pytest.mark.parametrize("capability", GPUS)
+def test_gpu_kernels_by_name_on_gpus_nobody_here_has(capability):
+    """A backend's name follows PyTorch's setting for fp32, a kernel's name does not."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    for capability in ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120"):
-        assert select(Problem(torch.float16, "cuda", capability), "triton") == "triton"
+    for dtype in (torch.float16, torch.bfloat16):
+        for precision in ("highest", "high"):
+            assert select(Problem(dtype, "cuda", capability, precision), "triton") == "triton"
+        with pytest.raises(RuntimeError, match=f"kernel 'triton_tf32' takes float32, not {dtype}: take 'triton'"):
+            select(Problem(dtype, "cuda", capability), "triton_tf32")
+    ieee, tf32 = (Problem(torch.float32, "cuda", capability, precision) for precision in ("highest", "high"))
+    assert select(ieee, "triton") == "triton"
+    assert select(tf32, "triton") == "triton_tf32"
+    for problem in (ieee, tf32):
+        assert select(problem, "triton_tf32") == "triton_tf32"
+        assert select(problem, "triton_bf16x3") == "triton_bf16x3"
+
+
+def test_what_is_timed_on_a_gpu():
+    """`auto` itself takes nothing that was not timed; bf16x3, less exact than what was asked for, is by name only."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    lacking = library.missing("_C_cuda") is not None
+    for precision, suffix in (("highest", ""), ("high", "_tf32")):
+        problem = Problem(torch.float32, "cuda", "sm_90", precision)
+        assert selection.candidates(problem) == [f"triton{suffix}", f"cuda{suffix}"][: 1 if lacking else 2]
+        assert select(problem) == "reference"
+    assert selection.candidates(Problem(torch.float16, "cuda", "sm_90"))[0] == "triton"
+    assert selection.candidates(Problem(torch.float16, "cuda", "sm_75")) == []
+    assert selection.candidates(Problem(torch.float64, "cuda", "sm_90")) == []
+    assert selection.candidates(Problem(torch.float32, "cpu", AVX512)) == []
+    assert selection.layout("triton_tf32") == selection.layout("cuda") != selection.layout("avx2_f32")
+
+
+def test_a_kernel_that_failed_its_self_test_is_refused_and_not_timed(monkeypatch):
+    device = torch.device("cpu")
+    monkeypatch.setattr(selection, "_switched_off", {})
+    assert selection.choose(torch.float32, device, "portable_f32") == "portable_f32"
+    selection.switch_off("portable_f32", device, "2 of 3 values differ")
+    with pytest.raises(RuntimeError, match="kernel 'portable_f32' is switched off on cpu: 2 of 3 values differ"):
+        selection.choose(torch.float32, device, "portable_f32")
+
+
+# In a process of its own: some of these settings cannot be put back. Warnings are errors there.
+SETTINGS = """
+import torch
+from vgg_fast.selection import float32_precision
+
+def gpu():
+    return float32_precision(device_type="cuda")
+
+backends = torch.backends
+assert gpu() == "high"  # PyTorch's default, of convolutions alone
+backends.cudnn.allow_tf32 = False
+assert gpu() == "highest"
+backends.cudnn.allow_tf32 = True
+assert gpu() == "high"
+assert float32_precision() == "highest"  # a setting of the GPU's does not concern the CPU
+backends.cudnn.conv.fp32_precision = "ieee"  # the new name for the same, after the old one
+assert gpu() == "highest"
+backends.cudnn.conv.fp32_precision = "none"
+backends.fp32_precision = "tf32"  # which it inherits from
+assert (gpu(), float32_precision()) == ("high", "high")
+backends.cudnn.fp32_precision = "ieee"
+assert gpu() == "highest"
+backends.fp32_precision = "none"
+backends.cuda.matmul.fp32_precision = "tf32"  # after which torch.get_float32_matmul_precision() raises
+assert float32_precision() == "highest"
+"""
+
+
+def test_fp32_on_a_gpu_follows_cudnns_setting_by_either_name():
+    done = subprocess.run([sys.executable, "-W", "error", "-c", SETTINGS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_backends_gives_a_reason_for_all_that_is_missing():

@@ -13,11 +13,11 @@ import torch
 from gpu_kernels import Huge, interpreted
 
 from vgg_fast import reference, testing
-from vgg_fast.kernels import support
+from vgg_fast.kernels import configs, support
 
 
 def test_examples() -> None:
-    for module in (interpreted("conv3x3"), interpreted("maxpool2x2"), support):
+    for module in (interpreted("conv3x3"), interpreted("maxpool2x2"), configs, support):
         failed, attempted = doctest.testmod(module)
         assert failed == 0
         assert attempted > 0
@@ -62,11 +62,11 @@ def test_conv3x3_past_2_31_elements(start_at: Callable[[int], None]) -> None:
     c = huge.channels
     weight = testing.integer_tensor(c, c, 3, 3, limit=2, dtype=torch.float16)
     affine = torch.stack([torch.ones(c), torch.zeros(c)])
-    constants = module.constants(torch.float16, c, c, relu=False, pool=False)
-    tiles = -(-huge.height * huge.width // constants["BM"])
-    start_at(tiles - 2)
-    arguments = (huge.x, module.layout(weight), affine, huge.out, 1, huge.height, huge.width)
-    module._conv3x3_kernel[(2,)](*arguments, **constants)
+    size = (1, huge.height, huge.width, c, c)
+    launch = module.launch_of(torch.float16, *size, False, False, module.Architecture(80, 108))
+    assert launch.options["WIDE"]
+    start_at(launch.grid[0] - 2)
+    launch.kernel[(2,)](**launch.arguments(huge.x, module.layout(weight), affine, huge.out))
     expected = reference.conv3x3(huge.last.float(), weight.float()).half()
     assert torch.equal(huge.out_pixels(huge.height, huge.width)[:, :, -1, -128:], expected[:, :, -1, -128:])
 

@@ -44,7 +44,8 @@ def accelerate(model: M, backend: str = "auto") -> M:
         'FusedSequential'
     """
     _check_module(model, "accelerate")
-    known = ("auto", *selection.BACKENDS, *dict.fromkeys(selection.cpu_kernels() + selection.linear_kernels()))
+    kernels = (*selection.GPU_KERNELS, *selection.cpu_kernels(), *selection.linear_kernels())
+    known = dict.fromkeys(("auto", *selection.BACKENDS, *kernels))
     if backend not in known:
         raise ValueError(f"there is no backend {backend!r}; choose one of {', '.join(known)}")
     if not any(isinstance(m, (nn.Conv2d, nn.Linear)) for m in model.modules()):

@@ -69,11 +69,14 @@ class Explanation:
         rows: one :class:`Row` per layer that has no children.
         accelerated: whether the model was accelerated, or only for the moment of explaining.
         packing: one :class:`Packing` per container that keeps packed weights.
+        timings: on a GPU, per chain that runs fused the times that its kernel was chosen by. Why one is left to PyTorch
+            is the reason of its rows.
     """
 
     rows: tuple[Row, ...]
     accelerated: bool
     packing: tuple[Packing, ...] = ()
+    timings: tuple[str, ...] = ()
 
     @property
     def fused(self) -> int:
@@ -88,7 +91,7 @@ class Explanation:
         widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in (header, *cells)]
         chains = len({row.chain for row in self.rows if row.chain is not None})
-        lines += [str(packing) for packing in self.packing]
+        lines += [*self.timings, *map(str, self.packing)]
         lines.append(f"{self.fused} of {len(self.rows)} layers run fused, in {chains} calls")
         if not self.accelerated:
             lines.append("(the model is not accelerated yet: this is what vgg_fast.accelerate(model) would do)")
@@ -125,7 +128,8 @@ def explain(model: nn.Module, example_input: Tensor | Sequence[Any] | Mapping[st
             module.__class__ = FusedSequential
         with _unchanged(model), record() as segments:
             model(*args, **kwargs)
-        return Explanation(tuple(_rows(model, segments)), not plain, tuple(_packing(model)))
+        rows, timings = tuple(_rows(model, segments)), tuple(_timings(segments))
+        return Explanation(rows, not plain, tuple(_packing(model)), timings)
     finally:
         for module in plain:
             drop_cache(module)
@@ -183,8 +187,20 @@ def _packing(model: nn.Module) -> Iterator[Packing]:
             yield Packing(path, *sums)
 
 
+def _chain_numbers(segments: Sequence[Segment]) -> dict[tuple[int, tuple[str, ...]], int]:
+    """The number of every chain that ran fused, in the order of the first calls."""
+    fused = dict.fromkeys((id(s.container), s.names) for s in segments if s.kernel is not None)
+    return {chain: number for number, chain in enumerate(fused, 1)}
+
+
+def _timings(segments: Sequence[Segment]) -> Iterator[str]:
+    numbers = _chain_numbers(segments)
+    told = dict.fromkeys((numbers[id(s.container), s.names], s.timed) for s in segments if s.timed)
+    return (f"chain {number} {timed}" for number, timed in told)
+
+
 def _rows(model: nn.Module, segments: Sequence[Segment]) -> Iterator[Row]:
-    chains: dict[tuple[int, tuple[str, ...]], int] = {}
+    chains = _chain_numbers(segments)
     seen: dict[tuple[int, str], _Seen] = {}
     for segment in segments:
         owner = id(segment.container)
@@ -196,7 +212,7 @@ def _rows(model: nn.Module, segments: Sequence[Segment]) -> Iterator[Row]:
             else:
                 layer.calls.add("fused")
                 layer.kernel = segment.kernel
-                layer.chain = chains.setdefault((owner, segment.names), len(chains) + 1)
+                layer.chain = chains[owner, segment.names]
     # Duplicates are kept: a ReLU that several places share has a row for each.
     modules = dict(model.named_modules(remove_duplicate=False))
     for path, module in modules.items():

@@ -3,35 +3,33 @@
 PyTorch's version counters and data pointers are not enough: ``SGD/Adam/AdamW(fused=True).step()``, ``p.data.add_()``,
 writes through ``p.detach().numpy()`` and a batch norm's training forward change values without changing either. So a
 fingerprint of the content is taken as well, before every forward; pointers and versions add what its sample may miss.
+
+On a GPU, reading a fingerprint back would wait for the device at every forward, and stop a CUDA graph from being
+captured. There a launch of its own compares and packs again on the device (vgg_fast/kernels/pack.py), in every replay
+of a graph as well; what the host compares is only where the sources lie.
 """
 
 from __future__ import annotations
 
-import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from vgg_fast import gpu, selection
 from vgg_fast.chains import Chain, Sources
+from vgg_fast.locks import ForkLock
 from vgg_fast.ops._layout import suggests_channels_last
 
+if TYPE_CHECKING:  # it imports Triton
+    from vgg_fast.kernels.pack import Repacker
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that are fused
-_lock = threading.RLock()  # held while packing; an RLock, because a signal handler may run the model too
-
-
-def _new_lock() -> None:
-    global _lock
-    _lock = threading.RLock()  # the thread that held it in the parent does not exist in the child
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_new_lock)
+_lock = ForkLock()  # held while packing
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,7 @@ class Pack:
         channels: of the input and then of every convolution's output.
         channels_last: per convolution, whether its weight suggests channels_last to PyTorch.
         device: of the sources.
+        repacker: packs what has changed again on the device; None on the CPU.
     """
 
     weights: list[Tensor]
@@ -50,6 +49,7 @@ class Pack:
     channels: list[int]
     channels_last: list[bool]
     device: torch.device
+    repacker: Repacker | None = None
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,15 @@ class Packed(Generic[Content]):
 
     Attributes:
         content: the packed weights.
-        identity, fingerprint, extras: of the sources when they were packed.
+        identity, fingerprint, extras: of the sources when they were packed; no fingerprint where a repacker takes its
+            own.
         seconds: that packing took.
         source_bytes: of the weights that it was made from.
     """
 
     content: Content
     identity: tuple[list[Any], ...]
-    fingerprint: int
+    fingerprint: int | None
     extras: tuple[Any, ...]
     seconds: float
     source_bytes: int
@@ -87,33 +88,55 @@ class Packed(Generic[Content]):
         return sum(weight.nbytes for weight in self.content.weights)
 
     def is_current(self, tensors: list[Tensor], extras: tuple[Any, ...]) -> bool:
-        """Whether packing ``tensors`` now would give the same again."""
+        """Whether packing ``tensors`` now would give the same again, or has just been made to on the device."""
+        on_device = self.fingerprint is None
         try:
             # In this order: the fingerprint may only read tensors that are still the ones that were checked.
-            if extras != self.extras or _identity(tensors) != self.identity:
+            if extras != self.extras or _identity(tensors, on_device) != self.identity:
                 return False
         except RuntimeError:  # swapped for a tensor subclass without a data pointer
             return False
-        return torch.ops.vgg_fast.fingerprint.default(tensors) == self.fingerprint
+        if not on_device:
+            return torch.ops.vgg_fast.fingerprint.default(tensors) == self.fingerprint
+        repacker = self.content.repacker if isinstance(self.content, Pack) else None
+        if repacker is not None:
+            repacker(hash(tuple(_versions(tensors))))
+        return repacker is not None
 
 
 _version, _dtype, _shape = map(attrgetter, ("_version", "dtype", "shape"))
 
 
-def _identity(tensors: list[Tensor]) -> tuple[list[Any], ...]:
+def _versions(tensors: list[Tensor]) -> list[int | None]:
     try:
-        versions = list(map(_version, tensors))
+        return list(map(_version, tensors))
     except RuntimeError:  # inference tensors have none
-        versions = [None if t.is_inference() else t._version for t in tensors]
+        return [None if t.is_inference() else t._version for t in tensors]
+
+
+def _identity(tensors: list[Tensor], on_device: bool) -> tuple[list[Any], ...]:
     # Lists of one attribute each: with map and attrgetter the loops run in C, 12 us for VGG16-BN's 78 tensors.
-    return list(map(Tensor.data_ptr, tensors)), versions, list(map(_dtype, tensors)), list(map(_shape, tensors))
+    where = list(map(Tensor.data_ptr, tensors)), list(map(_dtype, tensors)), list(map(_shape, tensors))
+    # What reads the sources by address has to know their strides; versions it is told at every call.
+    return (*where, list(map(Tensor.stride, tensors)) if on_device else _versions(tensors))
 
 
 class PackCache:
-    """The packed chains of one container, bounded in number."""
+    """The packed chains of one container, bounded in number.
 
-    def __init__(self) -> None:
-        self._packs: dict[tuple[Any, ...], Packed[Any]] = {}
+    Args:
+        capturing: whether a CUDA graph is being captured on a device.
+        captured: packs that graphs hold the addresses of: kept as long as the container, as its parameters are.
+    """
+
+    def __init__(
+        self,
+        capturing: Callable[[torch.device], bool] = gpu.capturing,
+        captured: Iterable[Pack | LinearPack] = (),
+    ) -> None:
+        self._packs: dict[Any, Packed[Any]] = {}
+        self._capturing = capturing
+        self.captured = list(captured)
 
     def __len__(self) -> int:
         return len(self._packs)
@@ -145,16 +168,17 @@ class PackCache:
         def make() -> Pack | str:
             return _unfit(sources.by_run(tensors), dtype, autocast) or _pack(chain, sources, tensors, kernel, dtype)
 
-        key = (chain.start, chain.stop, kernel, dtype, autocast)
-        return self.lookup(key, tensors, (chain.eps, sources.present), limit, make)
+        key = (chain.start, chain.stop, selection.layout(kernel), dtype, autocast)
+        return self.lookup(key, tensors, (chain.eps, sources.present), limit, make, on_device=tensors[0].is_cuda)
 
     def lookup(
         self,
-        key: tuple[Any, ...],
+        key: Any,
         tensors: list[Tensor],
         extras: tuple[Any, ...],
         limit: int,
         make: Callable[[], Content | str],
+        on_device: bool = False,
     ) -> Content | str:
         """What was packed under ``key`` if it is current, else what ``make`` returns; a reason (str) is not kept.
 
@@ -164,16 +188,23 @@ class PackCache:
             extras: what else the result depends on.
             limit: the number of packs to keep; the oldest go first.
             make: packs ``tensors``.
+            on_device: whether ``make`` makes a repacker, so that nothing has to be read back.
         """
         pack = self._packs.get(key)
-        if pack is not None and pack.is_current(tensors, extras):
+        current = pack is not None and pack.is_current(tensors, extras)
+        if self._capturing(tensors[0].device):
+            if pack is not None and current:
+                self.captured.append(pack.content)
+                return pack.content
+            return "a CUDA graph is being captured, and these weights are not packed: run the model once before"
+        if pack is not None and current:
             return pack.content
-        with _lock:
+        with _lock.held():
             pack = self._packs.get(key)  # another thread may have packed it while we waited
             if pack is not None and pack.is_current(tensors, extras):
                 return pack.content
             self._packs.pop(key, None)
-            made = _pack_now(tensors, extras, make)
+            made = _pack_now(tensors, extras, make, on_device)
             if isinstance(made, str):
                 return made
             self._packs[key] = made
@@ -183,7 +214,7 @@ class PackCache:
 
 
 def _pack_now(
-    tensors: list[Tensor], extras: tuple[Any, ...], make: Callable[[], Content | str]
+    tensors: list[Tensor], extras: tuple[Any, ...], make: Callable[[], Content | str], on_device: bool
 ) -> Packed[Content] | str:
     start = time.perf_counter()
     reason = plain_reason(tensors)  # before anything reads them
@@ -192,7 +223,8 @@ def _pack_now(
     # The pack outlives this forward, so it must not be made of inference tensors; and autocast must not touch it.
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
         # Taken before the values are read: what another thread writes meanwhile is then found by the next forward.
-        identity, fingerprint = _identity(tensors), torch.ops.vgg_fast.fingerprint.default(tensors)
+        identity = _identity(tensors, on_device)
+        fingerprint = None if on_device else torch.ops.vgg_fast.fingerprint.default(tensors)
         content = make()
     if isinstance(content, str):
         return content
@@ -209,7 +241,23 @@ def _pack(chain: Chain, sources: Sources, tensors: list[Tensor], kernel: str, dt
         channels.append(weight.shape[0])
         last.append(suggests_channels_last(weight))
     weights, affines = map(list, zip(*pairs, strict=True))
-    return Pack(weights, affines, channels, last, tensors[0].device)
+    pack = Pack(weights, affines, channels, last, tensors[0].device)
+    if tensors[0].is_cuda and selection.has_triton():
+        return replace(pack, repacker=repacker_of(pack, chain, sources, tensors))
+    return pack
+
+
+def repacker_of(pack: Pack, chain: Chain, sources: Sources, tensors: list[Tensor]) -> Repacker:
+    """What keeps ``pack``, made of these tensors, current on their device (or, in Triton's interpreter, on the CPU)."""
+    from vgg_fast.kernels.pack import Repacker, Source
+
+    layers = []
+    for eps, (weight, *vectors) in zip(chain.eps, sources.by_run(tensors), strict=True):
+        assert weight is not None
+        layers.append(Source(weight, vectors, eps))
+    repacker = Repacker(layers, pack.weights, pack.affines)
+    repacker(hash(tuple(_versions(tensors))))
+    return repacker
 
 
 def plain_reason(tensors: list[Tensor]) -> str | None:

@@ -1,7 +1,8 @@
 """Which kernel runs a problem on a device, and why not another.
 
 Selection is a pure function of the dtype and the flags of an architecture, so tests can ask what a machine would choose
-that nobody here has. A backend or kernel that is named runs or raises; only ``auto`` may fall back to plain PyTorch.
+that nobody here has. A backend or kernel that is named runs or raises; only ``auto`` may fall back to plain PyTorch. On
+a GPU it says which kernels are to be timed (:func:`candidates`); the timing is :mod:`vgg_fast.tuning`'s.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class Problem:
         dtype: of the activations.
         device_type: ``cpu`` or ``cuda``.
         architecture: CPU flags separated by blanks, or the GPU's compute capability as ``sm_90``.
-        precision: what fp32 tensors are content with: ``highest``, ``high`` or ``medium``.
+        precision: what fp32 tensors are content with: ``highest``, ``high`` or ``medium``; on a GPU ``highest`` is
+            PyTorch's ``ieee`` and ``high`` its ``tf32``.
     """
 
     dtype: torch.dtype
@@ -56,8 +58,14 @@ def _cpu_unsupported(problem: Problem) -> list[str]:
     return _reasons(problem, "cpu", library.missing("_C"))
 
 
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed; it is not imported for that."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def _triton_unsupported(problem: Problem) -> list[str]:
-    lacking = None if importlib.util.find_spec("triton") else "Triton is not installed (pip install triton)"
+    lacking = None if has_triton() else "Triton is not installed (pip install triton)"
     return _reasons(problem, "cuda", lacking, _too_old(problem, 80))
 
 
@@ -67,7 +75,7 @@ def _cuda_unsupported(problem: Problem) -> list[str]:
 
 @dataclass(frozen=True)
 class Backend:
-    """One row of :data:`BACKENDS`: name, description, whether ``auto`` may take it, why it cannot run a problem."""
+    """One row of :data:`BACKENDS`: name, description, whether ``auto`` takes it untimed, why it cannot run."""
 
     name: str
     what: str
@@ -79,20 +87,31 @@ BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("cpu", "C++ micro-kernels: portable, AVX2, AVX-512, AMX", True, _cpu_unsupported),
-        # Plain kernels so far: cuDNN is faster, and `auto` must never make anybody slower.
+        # On a GPU `auto` must never make anybody slower than cuDNN: there it takes what was timed (vgg_fast.tuning).
         Backend("triton", "Triton kernels", False, _triton_unsupported),
         Backend("cuda", "CUDA C++ kernels", False, _cuda_unsupported),
         Backend(REFERENCE, "plain PyTorch", True, lambda problem: []),
     )
 }
 
+# The kernels of the GPU backends. A backend's own name is its kernel for fp16, bf16 and true fp32; the others take fp32
+# tensors at the precision that their name ends on.
+GPU_KERNELS = {
+    "triton": "triton",
+    "triton_tf32": "triton",
+    "triton_bf16x3": "triton",
+    "cuda": "cuda",
+    "cuda_tf32": "cuda",
+}
+
 
 def select(problem: Problem, backend: str = "auto") -> str:
-    """Name of the kernel that runs ``problem``: a CPU micro-kernel, ``triton``, ``cuda`` or ``reference``.
+    """Name of the kernel that runs ``problem``: a CPU micro-kernel, one of :data:`GPU_KERNELS`, or ``reference``.
 
     Args:
         problem: what is to be run, the architecture included.
-        backend: ``auto``, a name of :data:`BACKENDS`, or the name of a CPU micro-kernel.
+        backend: ``auto`` (on a GPU the reference: what is faster there is a matter of timing), a name of
+            :data:`BACKENDS`, or the name of a kernel. The name of a GPU backend follows PyTorch's setting for fp32.
 
     Raises:
         RuntimeError: the backend named cannot run the problem (with the reasons), or there is none of that name.
@@ -105,21 +124,40 @@ def select(problem: Problem, backend: str = "auto") -> str:
         for candidate in BACKENDS.values():
             if candidate.automatic and not candidate.unsupported(problem):
                 return _kernel(candidate.name, problem)
-    owner = backend if backend in BACKENDS else "cpu" if backend in cpu_kernels() else None
+    owner = backend if backend in BACKENDS else GPU_KERNELS.get(backend, "cpu" if backend in cpu_kernels() else None)
     if owner is None:
-        known = ", ".join(["auto", *BACKENDS, *cpu_kernels()])
+        known = ", ".join(dict.fromkeys(["auto", *BACKENDS, *GPU_KERNELS, *cpu_kernels()]))
         raise RuntimeError(f"there is no backend {backend!r}; choose one of {known}")
     reasons = BACKENDS[owner].unsupported(problem)
+    if backend in GPU_KERNELS and backend != owner and problem.dtype is not torch.float32:
+        reasons.append(f"kernel {backend!r} takes float32, not {problem.dtype}: take {owner!r}")
     if reasons:
         raise RuntimeError(f"backend {backend!r} cannot run this: {'; '.join(reasons)}")
     return _kernel(backend, problem)
 
 
 def _kernel(backend: str, problem: Problem) -> str:
-    if backend in BACKENDS and backend != "cpu":
+    if backend in ("triton", "cuda") and problem.dtype is torch.float32 and problem.precision != "highest":
+        return f"{backend}_tf32"
+    if backend in GPU_KERNELS or backend == REFERENCE:
         return backend
     name = "auto" if backend == "cpu" else backend
     return torch.ops.vgg_fast.cpu_select(_DTYPES[problem.dtype], problem.precision, name, problem.architecture)
+
+
+def layout(kernel: str) -> str:
+    """What tells packed weights apart: all kernels of a GPU read the same ones."""
+    return "cuda" if kernel in GPU_KERNELS else kernel
+
+
+def candidates(problem: Problem) -> list[str]:
+    """The kernels that ``auto`` has to time against PyTorch before it takes one: of the GPU backends that can run it.
+
+    Example:
+        >>> candidates(Problem(torch.float32, "cpu", "avx2 fma f16c"))
+        []
+    """
+    return [_kernel(b.name, problem) for b in BACKENDS.values() if not b.automatic and not b.unsupported(problem)]
 
 
 def cpu_kernels() -> list[str]:
@@ -135,21 +173,29 @@ def linear_kernels() -> list[str]:
 _RUNGS = {"ieee": "highest", "tf32": "high", "bf16": "medium"}
 
 
-def float32_precision(of: str = "conv") -> str:
-    """``highest``, ``high`` or ``medium``: what PyTorch's settings ask of fp32 on the CPU.
+def float32_precision(of: str = "conv", device_type: str = "cpu") -> str:
+    """``highest``, ``high`` or ``medium``: what PyTorch's settings ask of fp32.
 
-    ``torch.backends.mkldnn.conv.fp32_precision`` where it is set (ieee, tf32 or bf16; it inherits from
-    ``torch.backends.fp32_precision``), else ``torch.get_float32_matmul_precision()``.
+    On the CPU ``torch.backends.mkldnn.conv.fp32_precision`` where it is set (ieee, tf32 or bf16; it inherits from
+    ``torch.backends.fp32_precision``), else ``torch.get_float32_matmul_precision()``. On a GPU
+    ``torch.backends.cudnn.conv.fp32_precision``, of which ``torch.backends.cudnn.allow_tf32`` is the older name.
 
     Args:
-        of: ``conv``, or ``matmul`` for fully connected layers: the setting of ``torch.backends.mkldnn`` that counts.
+        of: ``conv``, or ``matmul`` for fully connected layers on the CPU: the setting that counts.
+        device_type: ``cpu`` or ``cuda``.
 
     Example:
-        >>> float32_precision()
-        'highest'
+        >>> float32_precision(), float32_precision(device_type="cuda")  # PyTorch's defaults
+        ('highest', 'high')
     """
-    own = getattr(torch.backends.mkldnn, of).fp32_precision
-    return _RUNGS.get(own) or torch.get_float32_matmul_precision()
+    if device_type == "cuda":
+        setting = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+        return "high" if setting == "tf32" else "highest"
+    own = _RUNGS.get(getattr(torch.backends.mkldnn, of).fp32_precision)
+    try:
+        return own or torch.get_float32_matmul_precision()
+    except RuntimeError:  # the older setting does not answer once the newer ones were set for CUDA, say
+        return "highest"
 
 
 def problem_on(dtype: torch.dtype, device: torch.device) -> Problem:
@@ -160,22 +206,51 @@ def problem_on(dtype: torch.dtype, device: torch.device) -> Problem:
         architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
     else:
         architecture = ""
-    return Problem(dtype, device.type, architecture, float32_precision())
+    return Problem(dtype, device.type, architecture, float32_precision(device_type=device.type))
 
 
 def choose(dtype: torch.dtype, device: torch.device, backend: str = "auto") -> str:
     """:func:`select` for this machine; cheap to call again.
 
     Raises:
-        RuntimeError: as :func:`select`; also if ``VGG_FAST_ISA`` has a value it cannot have.
+        RuntimeError: as :func:`select`; also if ``VGG_FAST_ISA`` has a value it cannot have, or if the kernel failed
+            its self test on this device.
     """
-    return _choose(dtype, device, backend, os.environ.get("VGG_FAST_ISA"), float32_precision())
+    kernel = _choose(dtype, device, backend, os.environ.get("VGG_FAST_ISA"), float32_precision(device_type=device.type))
+    if (kernel, device) in _switched_off:
+        raise RuntimeError(f"kernel {kernel!r} is switched off on {device}: {_switched_off[kernel, device]}")
+    return kernel
 
 
 # VGG_FAST_ISA and the precision are read again inside; as arguments they make the cache notice a change.
 @functools.lru_cache(maxsize=256)
 def _choose(dtype: torch.dtype, device: torch.device, backend: str, isa: str | None, precision: str) -> str:
     return select(problem_on(dtype, device), backend)
+
+
+def candidates_on(dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
+    """:func:`candidates` on a GPU of this machine, without what failed its self test there; cheap to call again."""
+    names = _candidates_on(dtype, device, float32_precision(device_type=device.type))
+    return tuple([name for name in names if (name, device) not in _switched_off]) if _switched_off else names
+
+
+@functools.lru_cache(maxsize=256)
+def _candidates_on(dtype: torch.dtype, device: torch.device, precision: str) -> tuple[str, ...]:
+    return tuple(candidates(problem_on(dtype, device)))
+
+
+# GPU kernels that disagreed with PyTorch on a device, and how; see vgg_fast/ops/_self_test.py.
+_switched_off: dict[tuple[str, torch.device], str] = {}
+
+
+def switch_off(kernel: str, device: torch.device, reason: str) -> None:
+    """Lets :func:`choose` refuse a kernel on a device from now on."""
+    _switched_off[kernel, device] = reason
+
+
+def why_switched_off(kernel: str, device: torch.device) -> str | None:
+    """The reason given to :func:`switch_off`, or None."""
+    return _switched_off.get((kernel, device))
 
 
 def select_linear(problem: Problem, backend: str = "auto") -> str:
@@ -222,7 +297,7 @@ def why_reference(dtype: torch.dtype, device: torch.device) -> str:
             continue
         reasons = backend.unsupported(problem)
         if not reasons:
-            reasons = [f"not chosen automatically yet, ask for backend={backend.name!r}"]
+            reasons = ["an op called by itself is not timed; accelerate() does that, or name the backend"]
         parts.append(f"{backend.name}: {'; '.join(reasons)}")
     return " | ".join(parts)
 
@@ -251,6 +326,9 @@ def backends() -> list[BackendStatus]:
             without_gpu = backend.unsupported(Problem(torch.float32, "cuda", "sm_80"))
             reasons = ["there is no CUDA device", *without_gpu]
         else:
-            reasons = backend.unsupported(problem_on(torch.float32, torch.device("cuda" if on_gpu else "cpu")))
+            device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+            failed = [f"{kernel}: {why}" for (kernel, where), why in _switched_off.items() if where == device]
+            own = [why for why in failed if why.startswith(backend.name)]
+            reasons = backend.unsupported(problem_on(torch.float32, device)) + own
         result.append(BackendStatus(backend.name, backend.what, not reasons, "; ".join(reasons)))
     return result

@@ -21,7 +21,7 @@ from torch.nn.modules import module as _module
 from torch.utils._device import DeviceContext
 
 import vgg_fast.ops  # noqa: F401  (declares torch.ops.vgg_fast)
-from vgg_fast import linear_chains, selection, training
+from vgg_fast import choice, linear_chains, selection, training
 from vgg_fast.chains import Chain, LinearChain, Plain, Plan, output_channels_last
 from vgg_fast.ops._layout import suggests_channels_last
 from vgg_fast.packs import DTYPES, Pack, PackCache, Packed
@@ -36,9 +36,12 @@ class _State:
 
     __slots__ = ("packs", "plan")
 
-    def __init__(self) -> None:
+    def __init__(self, packs: PackCache | None = None) -> None:
         self.plan: Plan | None = None
-        self.packs = PackCache()
+        self.packs = PackCache() if packs is None else packs  # an empty one is false
+
+    def __reduce__(self) -> tuple[type[_State], tuple[()]]:
+        return _State, ()  # where a restored container still has one, for the sake of a graph
 
 
 class FusedSequential(nn.Sequential):
@@ -98,12 +101,14 @@ class Segment:
         names: their names in the container.
         kernel: the kernel of ``conv_stack`` that ran them, or None if they ran one by one.
         reason: why they were not fused; empty if they were.
+        timed: on a GPU, the times that the choice came from.
     """
 
     container: FusedSequential
     names: tuple[str, ...]
     kernel: str | None
     reason: str = ""
+    timed: str = ""
 
 
 _recordings: list[list[Segment]] = []
@@ -129,8 +134,10 @@ def record() -> Iterator[list[Segment]]:
 
 
 def drop_cache(container: FusedSequential) -> None:
-    """Forgets the container's plan and packed weights; the next forward makes them anew."""
-    container.__dict__.pop(_STATE, None)
+    """Forgets the container's plan and packed weights, but for those in CUDA graphs; the next forward makes others."""
+    state: _State | None = container.__dict__.pop(_STATE, None)
+    if state is not None and state.packs.captured:
+        container.__dict__[_STATE] = _State(PackCache(captured=state.packs.captured))
 
 
 def packed_weights(container: FusedSequential) -> list[Packed[Any]]:
@@ -176,7 +183,7 @@ def _forward(container: FusedSequential, x: Any) -> Any:
             state.plan = None
             result: Tensor | str = "the container was changed while it ran"
         else:
-            result = _run_chain(container, state, plan, part, x)
+            result = _run_chain(container, state, plan, part, pulled, x)
         if isinstance(result, str):
             _note(container, part.start, part.stop, result)
             for module in pulled:
@@ -189,15 +196,22 @@ def _forward(container: FusedSequential, x: Any) -> Any:
     return x
 
 
-def _note(container: FusedSequential, start: int, stop: int, reason: str, kernel: str | None = None) -> None:
+def _note(
+    container: FusedSequential, start: int, stop: int, reason: str, kernel: str | None = None, timed: str = ""
+) -> None:
     if _recordings:
-        segment = Segment(container, tuple(container._modules)[start:stop], kernel, reason)
+        segment = Segment(container, tuple(container._modules)[start:stop], kernel, reason, timed)
         for recording in _recordings:
             recording.append(segment)
 
 
 def _run_chain(
-    container: FusedSequential, state: _State, plan: Plan, chain: Chain | LinearChain, x: Any
+    container: FusedSequential,
+    state: _State,
+    plan: Plan,
+    chain: Chain | LinearChain,
+    children: tuple[nn.Module, ...],
+    x: Any,
 ) -> Tensor | str:
     """The output of the chain, or the reason why its children have to run one by one."""
     reason = _context_reason() or _input_reason(x, chain)
@@ -226,7 +240,31 @@ def _run_chain(
         y, kernel = ran
         _note(container, chain.start, chain.stop, "", kernel)
         return y
-    kernel = selection.choose(dtype, device, backend)
+
+    def run(kernel: str) -> Tensor | str:
+        pack = state.packs.get(chain, sources, tensors, kernel, dtype, autocast, limit)
+        if isinstance(pack, str):
+            return pack
+        if device != pack.device or x.shape[1] != pack.channels[0]:
+            wanted = f"{pack.channels[0]} channels on {pack.device}"
+            return f"the input is {tuple(x.shape)} on {device}, the weights want {wanted}"
+        last = output_channels_last(chain, suggests_channels_last(x), pack.channels_last, x.shape, pack.channels[1:])
+        if not autocast:
+            return _conv_stack(x, pack, chain, kernel, last)
+        # The casts that autocast would make, made here; inside, nothing may be cast again.
+        with torch.autocast(device.type, enabled=False):
+            return _conv_stack(x.to(dtype), pack, chain, kernel, last)
+
+    timed = ""
+    if device.type == "cuda" and backend == "auto":
+        if chain.batch or gradients:
+            return "gradients and batch statistics on a GPU are left to PyTorch"
+        verdict = choice.on_gpu(chain, children, tensors, x, dtype, run)
+        if verdict.kernel == selection.REFERENCE:
+            return verdict.reason
+        kernel, timed = verdict.kernel, verdict.reason
+    else:
+        kernel = selection.choose(dtype, device, backend)
     if kernel == selection.REFERENCE:
         if backend != "auto":
             return "backend 'reference' was asked for"
@@ -237,21 +275,10 @@ def _run_chain(
         if small is not None:
             return small
         return _run_trainable(container, state, plan, chain, x, kernel, dtype, autocast)
-    pack = state.packs.get(chain, sources, tensors, kernel, dtype, autocast, limit)
-    if isinstance(pack, str):
-        return pack
-    if device != pack.device or x.shape[1] != pack.channels[0]:
-        wanted = f"{pack.channels[0]} channels on {pack.device}"
-        return f"the input is {tuple(x.shape)} on {device}, the weights want {wanted}"
-    last = output_channels_last(chain, suggests_channels_last(x), pack.channels_last, x.shape, pack.channels[1:])
-    if autocast:
-        # The casts that autocast would make, made here; inside, nothing may be cast again.
-        with torch.autocast(device.type, enabled=False):
-            y = _conv_stack(x.to(dtype), pack, chain, kernel, last)
-    else:
-        y = _conv_stack(x, pack, chain, kernel, last)
-    _note(container, chain.start, chain.stop, "", kernel)
-    return y
+    result = run(kernel)
+    if isinstance(result, Tensor):
+        _note(container, chain.start, chain.stop, "", kernel, timed)
+    return result
 
 
 def _run_trainable(

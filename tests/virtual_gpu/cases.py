@@ -9,15 +9,20 @@ import tempfile
 from collections.abc import Callable
 from importlib import util
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from tests.virtual_gpu.launch import Entry, launch, ptx_entry, triton_entry
+from vgg_fast.kernels.configs import Architecture
+
+if TYPE_CHECKING:  # it imports Triton, which csrc/cuda can do without
+    from vgg_fast.kernels.conv3x3 import Launch
 
 ROOT = Path(__file__).resolve().parents[2]
 CUDA = ROOT / "csrc" / "cuda"
+ARCHITECTURES = {80: Architecture(80, 108), 90: Architecture(90, 132)}  # A100, H100
 
 
 def channels_last(*size: int, dtype: torch.dtype) -> Tensor:
@@ -32,30 +37,36 @@ def triton_conv3x3(
     pool: bool = False,
     target: int = 80,
     change: Callable[[Entry], Entry] = lambda entry: entry,
+    launched: Launch | None = None,
     **options: Any,
-) -> Tensor:
-    """kernels/conv3x3.py on the virtual GPU; ``x`` channels_last, ``weight`` [Cout, 3, 3, Cin]."""
-    from vgg_fast.kernels import conv3x3
+) -> Tensor | tuple[Tensor, Tensor]:
+    """kernels/conv3x3.py on the virtual GPU; ``x`` channels_last, ``weight`` [Cout, 3, 3, Cin].
 
-    grid, arguments = triton_conv3x3_launch(x, weight, affine, relu, pool)
-    entry = change(triton_entry(conv3x3._conv3x3_kernel, arguments, target))
-    launch(entry, grid, arguments, outputs=["out_ptr"], **options)
-    return arguments["out_ptr"]
-
-
-def triton_conv3x3_launch(
-    x: Tensor, weight: Tensor, affine: Tensor, relu: bool, pool: bool
-) -> tuple[tuple[int], dict[str, Any]]:
-    """Grid and arguments, an output among them."""
-    from vgg_fast.kernels import conv3x3
+    ``launched`` instead of what a GPU of this architecture would launch. With a tap it is a pair.
+    """
+    from vgg_fast.kernels.conv3x3 import launch_of
 
     (n, cin, h, w), cout = x.shape, weight.shape[0]
-    out = channels_last(n, cout, h // 2 if pool else h, w // 2 if pool else w, dtype=x.dtype)
-    constants = conv3x3.constants(x.dtype, cin, cout, relu, pool)
-    rows = out.numel() // cout * (4 if pool else 1)
-    grid = (-(-rows // constants["BM"]) * -(-cout // constants["BN"]),)
-    tensors = {"x_ptr": x, "weight_ptr": weight, "affine_ptr": affine, "out_ptr": out}
-    return grid, tensors | {"N": n, "H": h, "W": w} | constants
+    launched = launched or launch_of(x.dtype, n, h, w, cin, cout, relu, pool, ARCHITECTURES[target])
+    arguments = arguments_of(launched, x, weight, affine)
+    entry = change(triton_entry(launched.kernel, arguments, target))
+    outputs = ["out_ptr", "tap_ptr"] if launched.options["TAP"] else ["out_ptr"]
+    scratch = ["partials_ptr", "counters_ptr"] if launched.counters else []
+    launch(entry, launched.grid, arguments, outputs=outputs, scratch=scratch, **options)
+    if launched.counters:
+        assert not arguments["counters_ptr"].any()
+    return (arguments["tap_ptr"], arguments["out_ptr"]) if launched.options["TAP"] else arguments["out_ptr"]
+
+
+def arguments_of(launched: Launch, x: Tensor, weight: Tensor, affine: Tensor) -> dict[str, Any]:
+    """With new tensors for what the kernel writes."""
+    n, _, h, w = x.shape
+    out = channels_last(*launched.out_size, dtype=x.dtype)
+    tap = channels_last(n, weight.shape[0], h, w, dtype=x.dtype) if launched.options["TAP"] else None
+    partials = counters = None
+    if launched.counters:
+        partials, counters = torch.empty(launched.partials), torch.zeros(launched.counters, dtype=torch.int32)
+    return launched.arguments(x, weight, affine, out, tap, partials, counters)
 
 
 def triton_maxpool2x2(x: Tensor, target: int = 80, **options: Any) -> Tensor:

@@ -8,7 +8,7 @@ clock that drops under load: it says what a kernel cannot beat and which resourc
                 of 8 bytes go by half warps, those of 16 bytes (and ldmatrix) by quarters.
     sector      32 aligned bytes, the unit of the L2 and of the traffic between it and a multiprocessor
     issue slot  one PTX instruction of one warp, the weakest of the five numbers: in the shipped conv3x3 ptxas makes
-                0.88 (sm_80) or 1.08 (sm_90) machine instructions of it (test_counters_of_kernels.py)
+                0.85 (sm_80) or 1.04 (sm_90) machine instructions of it (test_counters_of_kernels.py)
 
 The terms are those of the Nsight Compute documentation, "Metrics Decoder".
 """

@@ -28,7 +28,7 @@ from tests.virtual_gpu.tma import TensorMap
 # Registers of the threads of a chunk stay in the CPU's caches, and the overhead of a NumPy call is spread over many.
 _CHUNK_THREADS = 4096
 
-_MEETING_CTAS = 4096  # what they know of each other takes 12 bytes times the square
+_MEETING_WARPS = 4096  # what they know of each other takes 12 bytes times the square
 
 CACHE = Path(__file__).resolve().parents[2] / "build" / "triton"  # of compiled Triton kernels
 
@@ -143,7 +143,7 @@ def compile_triton(kernel: Any, arguments: Mapping[str, Any], target: int) -> tu
     signature, constants, attributes = {}, {}, {}
     for n, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
-        if parameter.is_constexpr:
+        if parameter.is_constexpr or value is None:
             signature[parameter.name], constants[parameter.name] = "constexpr", value
             continue
         signature[parameter.name] = _triton_type(value)
@@ -249,8 +249,8 @@ def launch(
     random = np.random.default_rng(seed)
     ctas, meeting = int(np.prod(shape)), [a for a in memory.allocations if a.role == "scratch"]
     races = None
-    if meeting and ctas <= _MEETING_CTAS:
-        races = GlobalRaces(ctas, meeting, lambda pc: str(code.instructions[pc]))
+    if meeting and ctas * threads // 32 <= _MEETING_WARPS:
+        races = GlobalRaces(ctas, threads // 32, meeting, lambda pc: str(code.instructions[pc]))
     run = Launch(shape, (*(block or (threads,)), 1, 1)[:3], parameters, schedule, random, observer, races, maps)
     if observer is not None:
         observer.begin(code.kernel, shape, threads)

@@ -8,7 +8,7 @@ is its latest legal moment. When all is blocked and no copy is left, it is a dea
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,13 +127,19 @@ class Machine:
             return np.arange(self.threads // 32)
         return np.flatnonzero(self.mask.reshape(-1, 32).any(axis=1))
 
-    def cta_numbers(self, lanes: np.ndarray | None) -> np.ndarray:
-        """The CTA of each executing thread, counted over the grid."""
-        return self.first_cta + (self.cta_of if lanes is None else self.cta_of[lanes])
+    def warp_numbers(self, lanes: np.ndarray | None) -> np.ndarray:
+        """The warp of each executing thread, counted over the grid."""
+        return self.first_cta * self.cta_warps + (self.warp_of if lanes is None else self.warp_of[lanes])
 
     def global_fence(self) -> None:
         if self.launch.races is not None:
-            self.launch.races.fence(np.unique(self.cta_numbers(self.lanes())))
+            self.launch.races.fence(np.unique(self.warp_numbers(self.lanes())))
+
+    def _met(self, warps: np.ndarray, arrived: Sequence[Arrived] = ()) -> None:
+        """A barrier orders what these warps did to shared memory, and what they know of other CTAs."""
+        self.race.barrier(warps, arrived)
+        if self.launch.races is not None:
+            self.launch.races.barrier(self.first_cta * self.cta_warps + warps)
 
     def put(self, slot: int, values: np.ndarray) -> None:
         """Full-width values into a register of the executing threads."""
@@ -217,7 +223,7 @@ class Machine:
     def barrier(self, number: int, wanted: int, arrive: bool = False) -> int:
         """``bar.sync`` and ``bar.arrive``; who arrives only goes on at once."""
         if self.mask is None and not arrive and wanted in (0, self.cta_threads):
-            self.race.barrier(np.arange(self.threads // 32))
+            self._met(np.arange(self.threads // 32))
             if self.schedule != "random":
                 return self.pc + 1
         mask = np.ones(self.threads, bool) if self.mask is None else self.mask
@@ -242,7 +248,7 @@ class Machine:
         inside = np.isin(self.cta_of, full)
         waiting = np.logical_or.reduce([w.mask & inside for w in here if not w.arrived] or [np.zeros_like(inside)])
         met = np.flatnonzero(waiting.reshape(-1, 32).any(axis=1))
-        self.race.barrier(met, [w.arrived for w in here if w.arrived])
+        self._met(met, [w.arrived for w in here if w.arrived])
         for w in here:
             if not w.arrived:
                 self._ready.append((w.pc, w.mask & inside))

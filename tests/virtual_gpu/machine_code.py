@@ -29,38 +29,34 @@ import triton
 
 from tests.virtual_gpu.cases import CUDA, find_nvcc
 from tests.virtual_gpu.launch import compile_triton
-from vgg_fast.kernels import conv3x3, maxpool2x2
+from vgg_fast.kernels import configs, conv3x3, maxpool2x2
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-TRITON_SMS, CUDA_SMS = (80, 90, 100, 120), (80, 90)
+TRITON_SMS, CUDA_SMS = (80, 89, 90, 100, 120), (80, 90)
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 MANGLED = {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
 
-# One row per form of the kernel that a VGG launches: dtype, cin, cout, pool.
-CONV3X3 = (
-    (torch.float16, 256, 256, False),
-    (torch.float16, 256, 256, True),
-    (torch.bfloat16, 64, 64, True),
-    (torch.bfloat16, 3, 64, False),
-    (torch.float16, 37, 53, False),  # every mask, and no row aligned
-    (torch.float32, 37, 53, False),
-    (torch.float32, 256, 256, False),
-    (torch.float32, 256, 256, True),
+# Besides every tile of configs.TILES: channels that are no multiple of 16, as a launch would cut them.
+RAGGED = (
+    ("bf16", 3, 64),  # the first layer
+    ("tf32", 3, 64),
+    ("ieee", 3, 64),
+    ("fp16", 40, 64),  # rows of 16 bytes
+    ("fp16", 37, 53),  # every mask, and no row aligned
 )
 MAXPOOL2X2 = ((torch.float16, 64), (torch.bfloat16, 64), (torch.float32, 1))
 
-# Multiply-adds of one warp of four in a k-step of 128 x 128 x 64, the tile that the limits below were set for. A
-# smaller tile multiplies less with as many address computations, so its count is scaled to the same work.
+# A k-step of 128 x 128 x 64 in 16 bits, the tile that the limits were set for: multiply-adds of one warp of four, and
+# the instructions that it may have. Smaller tiles have fewer products over as many addresses; of them the overhead is
+# limited, to what those limits leave beside 128 products and 32 loads of their operands (sm_80), or 8 (sm_90), and 16
+# copies from global memory.
 K_STEP = 128 * 128 * 64 // 4
 K_STEP_LIMIT = {80: 310, 90: 180}  # what a kernel of this project once measured, with addresses hoisted: 306 and 174
-SHARED_LIMIT = {
-    80: 163 << 10,
-    90: 227 << 10,
-    100: 227 << 10,
-    120: 99 << 10,
-}  # per CTA; CUDA guide, compute capabilities
+OVERHEAD_LIMIT = {80: 310 - 176, 90: 180 - 24}
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # per CTA; CUDA guide, compute capabilities
+SHARED_LIMIT |= {89: 99 << 10, 120: 99 << 10}
 REGISTERS = 65536  # of a multiprocessor
-RESIDENT = {"triton": 2, "cuda": 3}  # CTAs that should fit one
+RESIDENT = {"triton": 8, "cuda": 12}  # warps that should fit one
 
 
 @dataclass(frozen=True)
@@ -76,7 +72,9 @@ class Row:
         tensor, barriers, shuffles, sass, loop: instructions; ``loop`` those of the main loop, the one that multiplies.
         loads: global loads of the main loop, by opcode and width.
         k_step: instructions of the main loop, scaled to the multiply-adds of one k-step of 128 x 128 x 64 with four
-            warps; None without tensor instructions, or where they do not say their shape (tcgen05).
+            warps; None where there are fewer of them, or instructions do not say their shape (tcgen05).
+        overhead: instructions of the main loop but products, loads of their operands and copies from global memory;
+            None where nothing was found to loop.
     """
 
     kernel: str
@@ -95,24 +93,44 @@ class Row:
     loop: int
     loads: dict[str, int]
     k_step: float | None
+    overhead: int | None
 
 
-def triton_launches() -> Iterator[tuple[str, str, bool, Any, dict[str, Any]]]:
-    """Name, configuration, pool, function and arguments of every Triton row. 7: a size of which nothing is known."""
-
-    def tensors(dtype: torch.dtype, *names: str) -> dict[str, Any]:
-        return dict.fromkeys(names, torch.empty(0, dtype=dtype))
-
-    for dtype, cin, cout, pool in CONV3X3:
-        constants = conv3x3.constants(dtype, cin, cout, relu=True, pool=pool)
-        tile = "x".join(str(constants[name]) for name in ("BM", "BN", "BK"))
-        arguments = tensors(dtype, "x_ptr", "weight_ptr", "out_ptr") | tensors(torch.float32, "affine_ptr")
-        arguments |= {"N": 7, "H": 7, "W": 7} | constants
-        yield "triton conv3x3", f"{DTYPES[dtype]} {cin}->{cout} in {tile}", pool, conv3x3._conv3x3_kernel, arguments
+def triton_launches(sm: int) -> Iterator[tuple[str, str, bool, Any, dict[str, Any]]]:
+    """Name, configuration, pool, function and arguments of every Triton row."""
+    for kind, tiles in configs.TILES[configs.family(sm)].items():
+        if sm == 89 and kind != "16 bits":
+            continue  # the tiles of sm_120, whose rows are made
+        precision = "fp16" if kind == "16 bits" else kind
+        for tile in tiles:
+            if precision == "fp16":
+                yield conv3x3_launch(sm, precision, 256, 256, tile, pool=False)
+            yield conv3x3_launch(sm, precision, 256, 256, tile, pool=True)
+            if configs.is_lean(tile):
+                yield conv3x3_launch(sm, precision, 256, 256, tile._replace(split=2), pool=True, tap=True)
+    for precision, cin, cout in RAGGED:
+        yield conv3x3_launch(sm, precision, cin, cout, None, pool=False)
     for dtype, channels in MAXPOOL2X2:
-        arguments = tensors(dtype, "x_ptr", "out_ptr") | {"ROWS": 7, "H": 7, "W": 7} | maxpool2x2.constants(channels)
-        arguments |= {"num_warps": 4}
+        arguments: dict[str, Any] = dict.fromkeys(("x_ptr", "out_ptr"), torch.empty(0, dtype=dtype))
+        arguments |= {"ROWS": 7, "H": 7, "W": 7, "num_warps": 4} | maxpool2x2.constants(channels)
         yield "triton maxpool2x2", f"{DTYPES[dtype]} {channels}", True, maxpool2x2._maxpool2x2_kernel, arguments
+
+
+def conv3x3_launch(
+    sm: int, precision: str, cin: int, cout: int, tile: configs.Config | None, *, pool: bool, tap: bool = False
+) -> tuple[str, str, bool, Any, dict[str, Any]]:
+    """A row of the convolution, in a tile or in what a launch on a large map would take."""
+    dtype = next((dtype for dtype, name in DTYPES.items() if name == precision), torch.float32)
+    fp32 = precision if dtype == torch.float32 else "ieee"
+    architecture = configs.Architecture(sm, 108)
+    launch = conv3x3.launch_of(dtype, 1, 700, 700, cin, cout, True, pool, architecture, tap, fp32, tile)
+    x, fp = torch.empty(0, dtype=dtype), torch.empty(0)
+    scratch = (fp, torch.empty(0, dtype=torch.int32)) if launch.counters else (None, None)
+    arguments = launch.arguments(x, fp.to(dtype), fp, x, x if tap else None, *scratch)
+    cut = "x".join(str(launch.options[name]) for name in ("BM", "BN", "BK"))
+    epilogue = ", tap, sum of parts" if tap else ""
+    configuration = f"{precision} {cin}->{cout} in {cut}, {launch.options['num_warps']} warps{epilogue}"
+    return "triton conv3x3", configuration, pool, launch.kernel, arguments
 
 
 def triton_row(sm: int, name: str, configuration: str, pool: bool, compiled: Any) -> Row:
@@ -163,7 +181,8 @@ def rows_of(cubin: bytes, kernel: str, sm: int) -> Iterator[dict[str, Any]]:
             "kernel": kernel, "sm": sm, "configuration": dtype, "pool": False, "threads": threads,
             "registers": registers, "stack": stack, "shared": shared, "sass": len(opcodes), "loop": len(loop),
             "loads": dict(loads),
-            "k_step": round(len(loop) * K_STEP / macs, 1) if macs else None,
+            "k_step": round(len(loop) * K_STEP / macs, 1) if macs >= K_STEP and loop is not opcodes else None,
+            "overhead": None if loop is opcodes else sum(not re.match(NEEDED, op) for op in loop),
         }  # fmt: skip
 
 
@@ -173,6 +192,7 @@ COUNTED = {
     "barriers": r"BAR\.",
     "shuffles": "SHFL",
 }
+NEEDED = rf"{COUNTED['tensor']}|FFMA|LDSM|LDS\.|LDGSTS|UTMALDG|LDG\."
 
 
 def disassembled(body: str) -> tuple[list[str], list[str]]:
@@ -230,23 +250,29 @@ def misses(row: Row, rows: list[Row]) -> dict[str, Any]:
     """The gates that a row does not pass, and what was measured.
 
     No spills, and shared memory and registers within bounds: for every kernel. A convolution loads its tiles 16 bytes
-    at a time, past the registers, and multiplies on tensor cores in 16-bit types only (fp32 is true fp32). Triton's
-    has a limit for the instructions of a k-step, no shuffles, and no more barriers when pooled than when not.
+    at a time, past the registers, and multiplies on tensor cores unless it is to be true fp32. Triton's has a limit for
+    the instructions of a k-step, no shuffles (one where programs share a sum: all threads learn who is the last), and
+    no more barriers when pooled than when not.
     """
+    warps = RESIDENT[row.kernel.split()[0]]
     missed: dict[str, Any] = {
         "spills": row.stack + row.local,
         "shared": row.shared if row.shared > SHARED_LIMIT[row.sm] else 0,
-        "registers": row.registers if row.registers * row.threads * RESIDENT[row.kernel.split()[0]] > REGISTERS else 0,
+        "registers": row.registers if row.registers * max(row.threads, warps * 32) > REGISTERS else 0,
     }
     if "conv3x3" in row.kernel:
         narrow = {load: n for load, n in row.loads.items() if load not in ("LDGSTS.128", "UTMALDG")}
         missed["loads"] = narrow if row.loads else "none"
-        missed["tensor"] = row.tensor if "fp32" in row.configuration else 0 if row.tensor else "none"
+        fma = row.configuration.startswith(("fp32", "ieee"))
+        missed["tensor"] = row.tensor if fma else 0 if row.tensor else "none"
     if row.kernel == "triton conv3x3":
         twins = [r for r in rows if (r.kernel, r.sm, r.configuration) == (row.kernel, row.sm, row.configuration)]
         missed["barriers"] = row.barriers if row.pool and any(r.barriers < row.barriers for r in twins) else 0
-        missed["shuffles"] = row.shuffles
-        missed["k_step"] = row.k_step if (row.k_step or 0) > K_STEP_LIMIT.get(row.sm, math.inf) else 0
+        missed["shuffles"] = row.shuffles if row.shuffles > ("parts" in row.configuration) else 0
+        if row.configuration.startswith(("fp16", "bf16 ")):
+            missed["k_step"] = row.k_step if (row.k_step or 0) > K_STEP_LIMIT.get(row.sm, math.inf) else 0
+            if row.k_step is None and (row.overhead or 0) > OVERHEAD_LIMIT.get(row.sm, math.inf):
+                missed["overhead"] = row.overhead
     return {gate: measured for gate, measured in missed.items() if measured}
 
 
@@ -275,7 +301,7 @@ def main() -> None:
         jobs = [
             pool.submit(triton_row, sm, name, configuration, pooled, compile_triton(function, arguments, sm)[0])
             for sm in options.sms
-            for name, configuration, pooled, function, arguments in triton_launches()
+            for name, configuration, pooled, function, arguments in triton_launches(sm)
         ]
         rows = [job.result() for job in jobs] + cuda.result()
     print(json.dumps([asdict(row) for row in rows]) if options.json else table(rows))

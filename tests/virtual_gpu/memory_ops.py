@@ -62,7 +62,7 @@ def _load(code: Code, i: Instruction) -> Step:
         if where == "global":
             words = m.memory.load(addresses, size)
             if m.launch.races is not None:
-                m.launch.races.access(addresses, size, m.cta_numbers(lanes), m.pc, store=False)
+                m.launch.races.access(addresses, size, m.warp_numbers(lanes), m.pc, store=False)
         elif where == "local":
             words = m.local.load(np.arange(m.threads) if lanes is None else lanes, addresses, size)
         else:
@@ -121,7 +121,7 @@ def _store(code: Code, i: Instruction) -> Step:
         if where == "global":
             m.memory.store(addresses, values, size)
             if m.launch.races is not None:
-                m.launch.races.access(addresses, size, m.cta_numbers(lanes), m.pc, store=True)
+                m.launch.races.access(addresses, size, m.warp_numbers(lanes), m.pc, store=True)
         elif where == "local":
             m.local.store(np.arange(m.threads) if lanes is None else lanes, addresses, values, size)
         else:
@@ -163,7 +163,7 @@ def _atomic(code: Code, i: Instruction) -> Step:
         if space == "global":
             before = m.memory.atomic(addresses, values, _ATOMICS[name])
             if m.launch.races is not None:
-                m.launch.races.atomic(addresses, m.cta_numbers(lanes), fences)
+                m.launch.races.atomic(addresses, m.warp_numbers(lanes), fences)
         else:
             offsets = m.shared.flat(pick(m.base, lanes), addresses, dtype.itemsize)
             m.race.read(offsets, dtype.itemsize, pick(m.warp_of, lanes), m.pc)  # atomics do not race with each other

@@ -74,6 +74,7 @@ MUTATIONS: tuple[tuple[str, str, tuple[str, str], Callable[[int], Collection[int
     ("st.global", "address + 16 of", (r"\[ ?(%rd\d+) ?(?:\+ ?(\d+))? ?\]", r"[\1+16]"), HALVES),
     ("ld.global", "no mask on", (r"^\s*@!?%p\d+ ", ""), LAST),
     ("ld.global", "address + 16 of", (r"\[ ?(%rd\d+) ?(?:\+ ?(\d+))? ?\]", r"[\1+16]"), HALVES),
+    ("atom.global", "relax", (r"\.acq_rel", ".relaxed"), ALL),
     ("mma.sync", "drop", _DROP, ENDS),
     ("wgmma.mma_async", "drop", _DROP, ENDS),
 )

@@ -13,15 +13,22 @@ pytest.importorskip("triton", reason="Triton is not installed, whose kernels are
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tests.virtual_gpu import launch
-from tests.virtual_gpu.cases import triton_conv3x3
+from tests.virtual_gpu.cases import ARCHITECTURES, triton_conv3x3
 from tests.virtual_gpu.counters import GPUS, Counters, Row, predict
 from tests.virtual_gpu.launch import compile_triton
 from tests.virtual_gpu.machine_code import rows_of
 from tests.virtual_gpu.tma_gemm import gemm
 from vgg_fast import reference, testing
-from vgg_fast.kernels import conv3x3
+from vgg_fast.kernels.configs import Config
+from vgg_fast.kernels.conv3x3 import Launch, launch_of
 
 SIZE, CHANNELS = 14, 256
+CONFIGS = {80: Config(128, 128, 64, 4, 3), 90: Config(128, 256, 64, 8, 3)}
+
+
+def launch_for(sm: int, pool: bool) -> Launch:
+    size = (1, SIZE, SIZE, CHANNELS, CHANNELS)
+    return launch_of(torch.float16, *size, True, pool, ARCHITECTURES[sm], config=CONFIGS[sm])
 
 
 def counted(sm: int, pool: bool) -> tuple[Counters, dict[str, int]]:
@@ -29,11 +36,11 @@ def counted(sm: int, pool: bool) -> tuple[Counters, dict[str, int]]:
     x = testing.integer_tensor(1, CHANNELS, SIZE, SIZE, limit=2).half().contiguous(memory_format=torch.channels_last)
     weight = testing.integer_tensor(CHANNELS, CHANNELS, 3, 3, limit=1).half()
     affine = torch.stack([torch.full([CHANNELS], 2.0**-6), torch.zeros(CHANNELS)])
-    layout, counters = weight.permute(0, 2, 3, 1).contiguous(), Counters()
-    out = triton_conv3x3(x, layout, affine, relu=True, pool=pool, target=sm, observer=counters)
+    layout, counters, launched = weight.permute(0, 2, 3, 1).contiguous(), Counters(), launch_for(sm, pool)
+    out = triton_conv3x3(x, layout, affine, target=sm, launched=launched, observer=counters)
     expected = reference.conv3x3(x.float(), weight.float(), relu=True, pool=pool) * 2.0**-6
     assert torch.equal(out, expected.half())
-    return counters, conv3x3.constants(x.dtype, CHANNELS, CHANNELS, relu=True, pool=pool)
+    return counters, launched.options
 
 
 def of(counters: Counters, op: str) -> Row:
@@ -50,22 +57,25 @@ def of(counters: Counters, op: str) -> Row:
 def test_conv3x3(sm: int, pool: bool) -> None:
     counters, c = counted(sm, pool)
     tiles, warps, steps = counters.ctas, c["num_warps"], 9 * CHANNELS // c["BK"]
-    assert (tiles, warps, steps) == (8, 4, 36)
+    assert (tiles, warps, steps) == {80: (4, 4, 36), 90: (2, 8, 36)}[sm]
     total, copies, stores = counters.total, of(counters, "cp.async.cg"), of(counters, "st.global")
 
     # The tensor cores multiply whole tiles, those past the last pixel too.
     products = of(counters, "mma.sync" if sm == 80 else "wgmma.mma_async")
     assert total.flops == products.flops == tiles * steps * 2 * c["BM"] * c["BN"] * c["BK"]
 
-    # 128 bytes to a wavefront: none is lost to a bank conflict, in the epilogue neither.
+    # 128 bytes to a wavefront: none is lost to a bank conflict. (Scale and shift, of which a warp's threads read the
+    # same few words, are counted as four wavefronts where they may be one.)
     tile_bytes = (c["BM"] + c["BN"]) * c["BK"] * 2
     assert copies.wavefronts == tiles * (steps + 2) * tile_bytes // 128
-    assert total.wavefronts == total.wavefronts_ideal
+    excess = {row.op for row in counters.rows.values() if row.wavefronts > row.wavefronts_ideal}
+    assert excess <= {"ld.shared.v4.b32"}
+    assert total.wavefronts < 1.03 * total.wavefronts_ideal
     if sm == 80:  # two by two warps: each reads the tile's half of the pixels and of the channels, 512 bytes at a time
         matrices = tile_bytes // 2 // 512
         assert of(counters, "ldmatrix").issues == tiles * warps * (steps * matrices + matrices // 4)  # one of 4 ahead
         assert of(counters, "ldmatrix").wavefronts == 4 * of(counters, "ldmatrix").issues
-    else:  # wgmma.m64n64k16 reads 64 x 16 elements of both operands
+    else:  # each of two wgmma.m64n256k16 reads its 64 x 16 elements of the pixels and all of the weights
         assert products.wavefronts == tiles * steps * (c["BM"] // 64) * (c["BK"] // 16) * (64 + c["BN"]) * 32 // 128
 
     # 32 bytes to a sector; a tap is outside the image for one row or column of pixels in three of nine cases each.
@@ -83,30 +93,29 @@ def test_conv3x3(sm: int, pool: bool) -> None:
 
 
 def test_prediction() -> None:
-    """On A100 each of the 8 CTAs has an SM. A k-step takes 512 clocks of the tensor cores, but 192 wavefronts for the
-    copies and 384 for ldmatrix: 64 output channels are too few, as each warp reads its 64 pixels for 32 of them."""
+    """On A100 each of the 4 CTAs has an SM. A k-step takes 1024 clocks of the tensor cores, and 256 wavefronts for the
+    copies and 512 for ldmatrix: 128 output channels are enough, as each warp reads its 64 pixels for 64 of them."""
     counters, c = counted(80, pool=False)
     gpu, steps = GPUS["A100"], 36
-    got = predict(counters, gpu, registers=188, shared_bytes=49_152)
-    assert got.times["tensor"] == pytest.approx(steps * 512 / gpu.clock)
+    got = predict(counters, gpu, registers=255, shared_bytes=65_536)
+    assert got.times["tensor"] == pytest.approx(steps * 1024 / gpu.clock)
     epilogue = 2 * c["BM"] * c["BN"] * 2 // 128  # out to shared memory and back
-    ahead = 2 * 192 + 384 // 4
-    assert got.times["shared"] == pytest.approx((steps * (192 + 384) + ahead + epilogue) / gpu.clock)
-    assert got.bound == "shared"
-    assert got.busy == 8 / 108
+    ahead = 2 * 256 + 512 // 4
+    assert got.times["shared"] == pytest.approx((steps * (256 + 512) + ahead + epilogue) / gpu.clock, rel=0.01)
+    assert got.bound == "tensor"
+    assert got.busy == 4 / 108
     assert got.occupancy == 2 * 4 / 64
 
 
 @pytest.mark.parametrize("sm", [80, 90])
 def test_issue_slots_are_near_those_of_the_machine_code(sm: int) -> None:
-    """PTX is not what issues. For these kernels ptxas makes 0.88 and 1.08 instructions of one of PTX."""
+    """PTX is not what issues. For these kernels ptxas makes 0.85 and 1.04 instructions of one of PTX."""
     counters, c = counted(sm, pool=False)
-    arguments = {name: torch.empty(0, dtype=torch.float16) for name in ("x_ptr", "weight_ptr", "out_ptr")}
-    arguments |= {"affine_ptr": torch.empty(0), "N": 1, "H": SIZE, "W": SIZE} | c
-    compiled, _ = compile_triton(conv3x3._conv3x3_kernel, arguments, sm)
+    launched, x = launch_for(sm, pool=False), torch.empty(0, dtype=torch.float16)
+    compiled, _ = compile_triton(launched.kernel, launched.arguments(x, x, torch.empty(0), x), sm)
     (row,) = rows_of(compiled.asm["cubin"], "conv3x3", sm)
     executed = row["sass"] + (9 * CHANNELS // c["BK"] - 1) * row["loop"]
-    assert executed * counters.ctas * c["num_warps"] / counters.total.issues == pytest.approx(1, abs=0.15)
+    assert executed * counters.ctas * c["num_warps"] / counters.total.issues == pytest.approx(1, abs=0.2)
 
 
 def test_tensor_memory_access() -> None:

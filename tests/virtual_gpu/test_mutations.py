@@ -18,12 +18,16 @@ from tests.virtual_gpu import Entry, KernelError, Mapped, cases, launch, ptx_ent
 from tests.virtual_gpu.mutate import Mutant, apply, mutants
 from tests.virtual_gpu.tma_gemm import gemm
 from vgg_fast import reference, testing
+from vgg_fast.kernels.configs import Config
+from vgg_fast.kernels.conv3x3 import launch_of
 
 
-def conv3x3(target: int, pool: bool, change: Callable[[Entry], Entry]) -> Tensor:
-    """Two tiles, the second not full, nine k-steps."""
+def conv3x3(target: int, pool: bool, split: int, change: Callable[[Entry], Entry]) -> Tensor:
+    """Tiles of 64 pixels, the last not full, nine k-steps."""
     x, weight, affine, _ = _convolution(pool)
-    return cases.triton_conv3x3(x, weight, affine, True, pool, target, change)
+    tile = Config(64, 64, 32, 4, 3, split)
+    launched = launch_of(x.dtype, 3, 8, 8, 32, 56, True, pool, cases.ARCHITECTURES[target], config=tile)
+    return cases.triton_conv3x3(x, weight, affine, target=target, change=change, launched=launched)
 
 
 @functools.cache
@@ -91,6 +95,19 @@ PIPELINE = (
     ),
 )
 
+SM_80_PIPELINE = (
+    *PIPELINE,
+    Waiver(
+        "the loop begins with a stage that the end of the iteration before has waited for",
+        ("drop bar.sync #2", "weaken cp.async.wait_group #1"),
+    ),
+    Waiver(
+        "two equal waits in a row",
+        ("weaken cp.async.wait_group #2", "weaken cp.async.wait_group #3"),
+        all_at_once=True,
+    ),
+    Waiver("the copies past the last step, zeros that nobody reads", ("weaken cp.async.wait_group #4",)),
+)
 
 NOT_FILLED_AGAIN = Waiver("the last step's stage is not filled again", ("drop mbarrier.arrive.shared #2",))
 
@@ -104,24 +121,10 @@ class Subject:
 
 SUBJECTS = {
     "conv3x3 sm_80 pooled": Subject(
-        functools.partial(conv3x3, 80, True),
-        lambda: _convolution(True)[3],
-        (
-            *PIPELINE,
-            Waiver(
-                "the loop begins with a stage that the end of the iteration before has waited for",
-                ("drop bar.sync #2", "weaken cp.async.wait_group #1"),
-            ),
-            Waiver(
-                "two equal waits in a row",
-                ("weaken cp.async.wait_group #2", "weaken cp.async.wait_group #3"),
-                all_at_once=True,
-            ),
-            Waiver("the copies past the last step, zeros that nobody reads", ("weaken cp.async.wait_group #4",)),
-        ),
+        functools.partial(conv3x3, 80, True, 1), lambda: _convolution(True)[3], SM_80_PIPELINE
     ),
     "conv3x3 sm_90": Subject(
-        functools.partial(conv3x3, 90, False),
+        functools.partial(conv3x3, 90, False, 1),
         lambda: _convolution(False)[3],
         (
             *PIPELINE,
@@ -134,6 +137,9 @@ SUBJECTS = {
                 ("weaken cp.async.wait_group #1",),
             ),
         ),
+    ),
+    "conv3x3 sm_80, three programs share a sum": Subject(
+        functools.partial(conv3x3, 80, False, 3), lambda: _convolution(False)[3], SM_80_PIPELINE
     ),
     "CUDA gemm sm_80": Subject(functools.partial(cuda_gemm, "80", "gemm"), lambda: _deep_matrices()[2], ()),
     "CUDA gemm sm_90a": Subject(

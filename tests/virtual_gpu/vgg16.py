@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from tests.virtual_gpu import launch, triton_entry
-from tests.virtual_gpu.cases import channels_last, triton_conv3x3_launch
+from tests.virtual_gpu.cases import ARCHITECTURES, arguments_of, channels_last
 from tests.virtual_gpu.counters import GPUS, Counters, predict
 from tests.virtual_gpu.launch import compile_triton
 from tests.virtual_gpu.machine_code import rows_of
 from vgg_fast import testing
-from vgg_fast.kernels import conv3x3
+from vgg_fast.kernels.conv3x3 import launch_of
 from vgg_fast.models import cfgs
 
 GPUS_OF = {80: ["A100"], 90: ["H100", "H200", "B200"]}
@@ -60,11 +60,13 @@ def run(size: int, target: int, count: int) -> None:
         h = x.shape[2]
         weight = (testing.random_tensor(cout, cin, 3, 3, seed=number) * (2 / (9 * cin)) ** 0.5).half()  # He's
         affine, layout, counters = torch.tensor([[1.0], [0.0]]).repeat(1, cout), weight.permute(0, 2, 3, 1), Counters()
-        grid, arguments = triton_conv3x3_launch(x, layout.contiguous(), affine, relu=True, pool=pool)
-        compiled, _ = compile_triton(conv3x3._conv3x3_kernel, arguments, target)
-        entry = triton_entry(conv3x3._conv3x3_kernel, arguments, target)
+        launched = launch_of(x.dtype, 1, h, h, cin, cout, True, pool, ARCHITECTURES[target])
+        arguments = arguments_of(launched, x, layout.contiguous(), affine)
+        compiled, _ = compile_triton(launched.kernel, arguments, target)
+        entry = triton_entry(launched.kernel, arguments, target)
+        scratch = ["partials_ptr", "counters_ptr"] if launched.counters else []
         begin = time.perf_counter()
-        launch(entry, grid, arguments, outputs=["out_ptr"], observer=counters)
+        launch(entry, launched.grid, arguments, outputs=["out_ptr"], scratch=scratch, observer=counters)
         seconds = time.perf_counter() - begin
         y = arguments["out_ptr"]
         testing.assert_conv_close(y, x, weight, relu=True, pool=pool)

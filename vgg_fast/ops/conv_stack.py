@@ -11,12 +11,16 @@ Perceptual losses want these: a tap and its pooled value come from one pass over
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import Tensor
-from torch.library import define, impl, register_fake
+from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.library import define, impl, register_fake, register_torch_dispatch
 
 from vgg_fast import reference, selection
+from vgg_fast.ops import _self_test
 from vgg_fast.ops._layout import empty_image
 
 _ARGUMENTS = "(Tensor x, Tensor[] weights, Tensor[] affines, int[] program, str kernel, bool channels_last)"
@@ -61,6 +65,20 @@ def _fake(
     return _fake_taps(x, weights, affines, program, kernel, channels_last)[-1]
 
 
+def run(
+    x: Tensor, weights: Sequence[Tensor], affines: Sequence[Tensor], program: Sequence[int], kernel: str
+) -> list[Tensor]:
+    """The taps, then the result, by a kernel that :func:`selection.choose` has named; in a memory format of its own."""
+    backend, _, precision = kernel.partition("_")
+    if backend == "triton":
+        from vgg_fast.kernels import stack
+
+        return stack.conv_stack(x, weights, affines, program, precision or "ieee")
+    if backend == "cuda":
+        return torch.ops.vgg_fast_cuda.conv_stack_taps(x, weights, affines, program, precision == "tf32")
+    return reference.conv_stack_taps(x, weights, affines, program)
+
+
 def _python(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -70,16 +88,7 @@ def _python(
     channels_last: bool,
 ) -> Tensor:
     _without_taps(program)
-    name = selection.choose(x.dtype, x.device, kernel)
-    if name == "triton":
-        from vgg_fast.kernels import conv3x3 as triton_kernel
-
-        y = triton_kernel.conv_stack(x, weights, affines, program)
-    elif name == "cuda":
-        y = torch.ops.vgg_fast_cuda.conv_stack(x, weights, affines, program)
-    else:
-        y = reference.conv_stack(x, weights, affines, program)
-    return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    return _python_taps(x, weights, affines, program, kernel, channels_last)[-1]
 
 
 def _python_taps(
@@ -90,21 +99,47 @@ def _python_taps(
     kernel: str,
     channels_last: bool,
 ) -> list[Tensor]:
-    """For devices without a compiled implementation: the stretches between the taps, one by one."""
-    results, first = [], 0
-    for i, step in enumerate(program):
-        if not step & reference.Step.TAP:
-            continue
-        stretch = [*program[first:i], step & reference.Step.RELU]
-        x = _python(x, weights[first : i + 1], affines[first : i + 1], stretch, kernel, channels_last)
-        results.append(x)
-        if step & reference.Step.POOL:
-            x = torch.ops.vgg_fast.maxpool2x2(x)
-        first = i + 1
-    if first < len(program):
-        x = _python(x, weights[first:], affines[first:], program[first:], kernel, channels_last)
-    # An operator may not return one tensor twice.
-    return [*results, x.clone() if results and x is results[-1] else x]
+    """For devices without a compiled implementation: the kernel that `selection` chooses."""
+    name = selection.choose(x.dtype, x.device, kernel)
+    if name != selection.REFERENCE:
+        _self_test.require(name, x.dtype, x.device, run)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    *taps, y = run(x, weights, affines, program, name)
+    y = y.clone() if taps and y is taps[-1] else y  # an operator may not return one tensor twice
+    return [tensor.contiguous(memory_format=memory_format) for tensor in (*taps, y)]
+
+
+def _decomposed(
+    mode: FunctionalTensorMode, op: torch._ops.OpOverload, types: Any, args: Any, kwargs: Any
+) -> Tensor | list[Tensor]:
+    """What torch.compile's graph holds: the Triton kernels where those will run, for Inductor to see; or the op.
+
+    As ``torch.library.triton_op`` does it, for an op that has other kernels as well. An exported program keeps the op.
+    """
+    x, weights, affines, program, kernel, channels_last = args
+    if not _is_seen_through(x, kernel):
+        return mode.__torch_dispatch__(op, types, args, kwargs)
+    from vgg_fast.kernels import stack
+
+    precision = selection.choose(x.dtype, x.device, kernel).partition("_")[2] or "ieee"
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    with mode:
+        results = stack.traced(x, weights, affines, program, precision)
+        results = [y.contiguous(memory_format=memory_format) for y in results]
+    return results if op is torch.ops.vgg_fast.conv_stack_taps.default else results[-1]
+
+
+def _is_seen_through(x: Tensor, kernel: str) -> bool:
+    if x.device.type != "cuda" or not torch._functorch.config.decompose_custom_triton_ops:
+        return False
+    # A launch is computed from numbers; a graph for all sizes keeps the op, which computes it at each call.
+    return all(type(size) is int for size in x.shape) and selection.choose(x.dtype, x.device, kernel).startswith(
+        "triton"
+    )
+
+
+for _name in ("conv_stack", "conv_stack_taps"):
+    register_torch_dispatch(f"vgg_fast::{_name}", FunctionalTensorMode, _decomposed)
 
 
 def register(keys: list[str]) -> None:

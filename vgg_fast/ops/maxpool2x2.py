@@ -5,6 +5,7 @@ A NaN in a window is passed on; the memory format is that of ``F.max_pool2d``. D
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.library import define, impl, register_autograd, register_fake
 
 from vgg_fast import reference, selection
+from vgg_fast.ops import _self_test
 from vgg_fast.ops._layout import empty_image, suggests_channels_last
 
 define("vgg_fast::maxpool2x2", "(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
@@ -34,15 +36,25 @@ def _fake(x: Tensor) -> Tensor:
     return empty_image(x, x.shape[1], x.shape[2] // 2, x.shape[3] // 2, suggests_channels_last(x))
 
 
-def _python(x: Tensor) -> Tensor:
-    if x.device.type == "cuda" and not selection.BACKENDS["triton"].unsupported(
-        selection.problem_on(x.dtype, x.device)
-    ):
-        from vgg_fast.kernels import maxpool2x2 as kernel
+def _triton(x: Tensor) -> Tensor:
+    from vgg_fast.kernels import maxpool2x2 as kernel
 
-        last = torch.channels_last if suggests_channels_last(x) else torch.contiguous_format
-        return kernel.maxpool2x2(x).contiguous(memory_format=last)
-    return reference.maxpool2x2(x)
+    return kernel.maxpool2x2(x)
+
+
+def _python(x: Tensor) -> Tensor:
+    if not _triton_runs(x.dtype, x.device) or x.dim() != 4 or min(x.shape[2:]) < 2:  # PyTorch has its own errors
+        return reference.maxpool2x2(x)
+    return _triton(x).contiguous(
+        memory_format=torch.channels_last if suggests_channels_last(x) else torch.contiguous_format
+    )
+
+
+def _triton_runs(dtype: torch.dtype, device: torch.device) -> bool:
+    if device.type != "cuda" or selection.BACKENDS["triton"].unsupported(selection.problem_on(dtype, device)):
+        return False
+    test = partial(_self_test.pool_failure, dtype, device, _triton)
+    return _self_test.fault("triton maxpool2x2", dtype, device, test) is None
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:

@@ -1,0 +1,141 @@
+"""The power-on self test of GPU kernels: before a kernel's first use on a device, bit for bit against PyTorch.
+
+Nobody can try every GPU, driver and compiler that a kernel may meet. So a chain of four tiny convolutions is run first:
+borders, odd sizes, ReLU, pool, taps, three channels, channels that fill no block, a grid so small that sums are split.
+Its values are small integers with at most four weights per filter, so that every order of summation is exact in every
+dtype and precision, and the kernel must have the bits of the reference, computed on the CPU.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from vgg_fast import reference, selection
+from vgg_fast.locks import ForkLock
+from vgg_fast.reference import Step
+
+Run = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], Sequence[int], str], list[Tensor]]
+
+REPORT = "run `vgg-fast verify --device cuda` and report what it prints, together with `vgg-fast doctor`"
+CHANNELS = (3, 16, 24, 40, 32)
+PROGRAM = (Step.RELU, Step.RELU | Step.POOL | Step.TAP, Step.NONE, Step.RELU | Step.POOL)
+_passed: set[tuple[str, torch.dtype, torch.device]] = set()
+_lock = ForkLock()
+
+
+def require(kernel: str, dtype: torch.dtype, device: torch.device, run: Run) -> None:
+    """Lets a kernel of convolutions run on a device that it has passed its test on; the first call tests it.
+
+    Args:
+        kernel: of ``selection.GPU_KERNELS``.
+        dtype, device: of the tensors it is to run on.
+        run: ``run(x, weights, affines, program, kernel)`` gives the taps and the result.
+
+    Raises:
+        RuntimeError: it failed, now or before.
+
+    Warns:
+        RuntimeWarning: it failed now; how, and what to do.
+    """
+    if (kernel, dtype, device) in _passed:
+        return
+    reason = fault(kernel, dtype, device, lambda: failure(kernel, dtype, device, run))
+    if reason is not None:
+        raise RuntimeError(f"kernel {kernel!r} is switched off on {device}: {reason}")
+
+
+def fault(kernel: str, dtype: torch.dtype, device: torch.device, test: Callable[[], str | None]) -> str | None:
+    """Why a kernel may not be used on a device, or None; ``test()`` says so at the first call, with a warning.
+
+    Not while a CUDA graph is being captured, when nothing may be read back: then it is tested at a later call.
+    """
+    if (kernel, dtype, device) in _passed:
+        return None
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return None
+    with _lock.held():
+        reason = selection.why_switched_off(kernel, device)
+        if reason is not None:
+            return reason
+        if (kernel, dtype, device) not in _passed:
+            reason = test()
+            if reason is not None:
+                selection.switch_off(kernel, device, reason)
+                failed = f"kernel {kernel!r} failed its self test on {device}, so it is not used"
+                warnings.warn(f"vgg_fast: {failed}: {reason}. {REPORT}", RuntimeWarning, stacklevel=3)
+                return reason
+            _passed.add((kernel, dtype, device))
+        return None
+
+
+def failure(kernel: str, dtype: torch.dtype, device: torch.device, run: Run) -> str | None:
+    """How a kernel fails the test, or None; arguments as for :func:`require`."""
+    # Whatever mode the first caller is in.
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False), torch.device("cpu"):
+        x, weights, affines = _inputs(dtype)
+        expected = reference.conv_stack_taps(x.double(), [w.double() for w in weights], affines, PROGRAM)
+        packed = [w.permute(0, 2, 3, 1).contiguous().to(device) for w in weights]
+        try:
+            results = run(x.to(device), packed, [a.to(device) for a in affines], PROGRAM, kernel)
+            results = [y.cpu() for y in results]  # waits, so that what fails on the device fails here
+        except Exception as error:
+            return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    if len(results) != len(expected):
+        return f"{len(results)} results instead of {len(expected)}"
+    for name, result, wanted in zip(("the tap", "the result"), results, expected, strict=True):
+        if different := difference(result, wanted.to(dtype)):
+            return f"{name} is wrong: {different}"
+    return None
+
+
+def difference(result: Tensor, expected: Tensor) -> str | None:
+    """Where and how two tensors differ, NaN from everything; None where they do not."""
+    if result.shape != expected.shape or result.dtype != expected.dtype:
+        return f"{tuple(result.shape)} {result.dtype} instead of {tuple(expected.shape)} {expected.dtype}"
+    wrong = result.double() != expected.double()
+    if not wrong.any():
+        return None
+    first = tuple(wrong.nonzero()[0].tolist())
+    values = f"{result[first].item()} instead of {expected[first].item()}"
+    return f"{int(wrong.sum())} of {wrong.numel()} values differ, the first at {first}: {values}"
+
+
+def pool_failure(dtype: torch.dtype, device: torch.device, run: Callable[[Tensor], Tensor]) -> str | None:
+    """How a 2x2 max-pool fails on odd sizes in both memory formats, or None."""
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+        x = _integers(2, 20, 9, 7, limit=9, seed=3).to(dtype)
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            try:
+                result = run(x.to(device).contiguous(memory_format=memory_format)).cpu()
+            except Exception as error:
+                return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            if different := difference(result, reference.maxpool2x2(x)):
+                return different
+    return None
+
+
+def _inputs(dtype: torch.dtype) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Image, weights ``[Cout, Cin, 3, 3]`` and affine maps, without PyTorch's random numbers: the user's stay his."""
+    x = _integers(2, CHANNELS[0], 13, 11, limit=1, seed=1).to(dtype)
+    weights, affines = [], []
+    for seed, (cin, cout) in enumerate(pairwise(CHANNELS)):
+        weight = torch.zeros(cout, cin * 9, dtype=dtype)
+        at = torch.arange(cout)[:, None]
+        # Four taps of each filter at places that differ; the largest value is 1, 5, 21, 85, 341: exact in 8 bits or,
+        # the last, after the ReLU and pool of values that are.
+        weight[at, (at * 5 + torch.tensor([0, 7, 13, 22]) * (2 * seed + 1)) % (cin * 9)] = 1.0
+        weight *= 1 - 2 * (torch.arange(cin * 9) % 2)
+        weights.append(weight.view(cout, cin, 3, 3))
+        affines.append(torch.stack([torch.ones(cout), _integers(cout, limit=1, seed=seed)]))
+    return x, weights, affines
+
+
+def _integers(*size: int, limit: int, seed: int) -> Tensor:
+    count = torch.Size(size).numel()
+    values = (torch.arange(count) * 2654435761 + seed * 40503) // 65536 % (2 * limit + 1) - limit
+    return values.float().view(size)
