@@ -211,8 +211,8 @@ def _plan(problem: Problem) -> Plan:
                 "before; run it once first, so that the kernels are there"
             )
         plan = _plans[problem] = Plan(problem)
-        while len(_plans) > _MOST_PLANS:
-            _plans.pop(next(iter(_plans)), None)
+        for old in list(_plans)[:-_MOST_PLANS]:
+            _plans.pop(old, None)
     return plan
 
 

@@ -7,11 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from stacks import changed, stack
-from torch import nn
+from torch import Tensor, nn
 
 from vgg_fast import choice, gpu
 from vgg_fast.chains import Plan
-from vgg_fast.tuning import Place, Question
+from vgg_fast.tuning import Place, Question, Tuner, Verdict
+from vgg_fast.winners import Winners
 
 PLACE = Place("Imagined GPU", "sm_90", 132, (("torch", "2.13"),))
 
@@ -78,3 +79,72 @@ def test_versions_name_what_a_time_depends_on():
     assert list(versions) == ["torch", "cuda", "triton", "kernels"]
     assert versions["torch"] == torch.__version__
     assert len(versions["kernels"]) == 16
+
+
+# --- on an imagined GPU ---------------------------------------------------------------------------------------------
+
+
+class Chain:
+    """A chain on the CPU, whose kernels `fast` and `slow` are the children themselves, timed by their names."""
+
+    def __init__(self, *candidates: str) -> None:
+        self.model, self.x, self.ran, self.is_captured = stack(bn=True), image(), [], False
+        self.device = choice.Device(PLACE, lambda dtype: candidates, self.clock, lambda: self.is_captured)
+        self.tuner = Tuner(Winners(None))
+
+    def clock(self, call: Callable[[], object], repeats: int) -> float:
+        self.ran.append("children")
+        call()
+        return {"fast": 1e-3, "children": 2e-3, "slow": 3e-3}[self.ran[-1]]
+
+    def run(self, name: str) -> Tensor | str:
+        self.ran.append(name)
+        with torch.no_grad():
+            return "its weights are not plain" if name == "unfit" else self.model(self.x)
+
+    def ask(self) -> Verdict:
+        plan = Plan(tuple(self.model))
+        tensors = plan.sources[0].read()
+        with torch.no_grad():
+            return choice.on_gpu(
+                plan.parts[0], self.model, tensors, self.x, torch.float32, self.run, self.device, self.tuner
+            )
+
+
+@pytest.mark.parametrize(
+    ("candidates", "winner"), [(("slow", "fast"), "fast"), (("slow",), "reference"), ((), "reference")]
+)
+def test_the_faster_of_kernels_and_children(candidates, winner):
+    chain = Chain(*candidates)
+    verdict = chain.ask()
+    assert verdict.kernel == winner
+    assert set(verdict.seconds) == ({"reference", *candidates} if candidates else set())
+    assert torch.equal(chain.x, image())  # in-place ReLUs of the children have not touched it
+    asked = len(chain.ran)
+    assert chain.ask().kernel == winner
+    assert len(chain.ran) == asked
+
+
+def test_a_kernel_that_cannot_run_the_weights_is_out():
+    chain = Chain("unfit", "fast")
+    with pytest.warns(RuntimeWarning, match="'unfit' is not used .*RuntimeError: its weights are not plain"):
+        assert chain.ask().kernel == "fast"
+
+
+def test_neither_captured_graphs_nor_the_switch_run_anything(monkeypatch):
+    chain = Chain("fast")
+    chain.is_captured = True
+    assert "CUDA graph" in chain.ask().reason
+    monkeypatch.setenv("VGG_FAST_TUNE", "0")
+    chain.is_captured = False
+    assert "VGG_FAST_TUNE=0" in chain.ask().reason
+    monkeypatch.setenv("VGG_FAST_TUNE", "no")
+    with pytest.raises(RuntimeError, match="VGG_FAST_TUNE is 'no'"):
+        chain.ask()
+    assert chain.ran == []
+
+
+def test_an_input_that_pytorch_refuses_is_left_to_it():
+    chain = Chain("fast")
+    chain.x = image(2, 5, 12, 10)
+    assert "PyTorch's own layers raise RuntimeError" in chain.ask().reason

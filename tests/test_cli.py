@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 from typer.testing import CliRunner
 
-from vgg_fast import __version__, peers, selection
+from vgg_fast import __version__, peers, selection, winners
 from vgg_fast.cli import app, photos
 from vgg_fast.cli.demo import top5_agree
 from vgg_fast.weights import save_weights
@@ -234,6 +234,21 @@ def test_doctor_under_a_cap(monkeypatch):
     assert found["auto, bf16 on the CPU"]["found"] == "portable_f32"
     assert found["kernel avx2_f32"]["state"] == "absent"
     assert "avx2" in found["kernel avx2_f32"]["found"]
+
+
+def test_doctor_on_timings(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path))
+    folder = winners.default_folder()
+    winners.Winners(folder).write("question", "triton", {"triton": 1.0})
+    for value, state, words in (("1", "ok", f"1 kept in {folder}"), ("0", "absent", "all is left to PyTorch")):
+        monkeypatch.setenv("VGG_FAST_TUNE", value)
+        found = {finding["what"]: finding for finding in run_json("doctor")["findings"]}["GPU timings"]
+        assert found["state"] == state
+        assert words in found["found"]
+    monkeypatch.setenv("VGG_FAST_TUNE", "maybe")
+    found = {finding["what"]: finding for finding in run_json("doctor", code=1)["findings"]}["VGG_FAST_TUNE"]
+    assert "it must be 0" in found["found"]
 
 
 def test_a_wrong_cap_is_named(monkeypatch):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
 from types import ModuleType
 
 import pytest
@@ -10,9 +13,11 @@ from gpu_kernels import interpreted
 from torch import Tensor, nn
 
 from vgg_fast import testing
+from vgg_fast.accelerate import accelerate, refresh, restore
 from vgg_fast.chains import Plan
 from vgg_fast.ops.pack import _python as packed_by_torch
 from vgg_fast.packs import Pack, PackCache, _versions
+from vgg_fast.sequential import _STATE
 
 POISON = 7.0
 
@@ -137,11 +142,15 @@ class Cache:
         self.model = nn.Sequential(nn.Conv2d(8, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU()).eval()
         self.plan = Plan(tuple(self.model))
         self.chain, self.sources = self.plan.parts[0], self.plan.sources[0]
-        self.cache, self.made = PackCache(), 0
+        self.is_captured = False
+        self.cache, self.made = PackCache(capturing=lambda device: self.is_captured), 0
+
+    def lookup(self) -> Pack | str:
+        tensors = self.sources.read()
+        return self.cache.lookup("key", tensors, (), 2, lambda: self.make(tensors), on_device=True)
 
     def get(self) -> tuple[Tensor, Tensor]:
-        tensors = self.sources.read()
-        pack = self.cache.lookup("key", tensors, (), 2, lambda: self.make(tensors), on_device=True)
+        pack = self.lookup()
         return pack.weights[0], pack.affines[0]
 
     def make(self, tensors: list[Tensor]) -> Pack:
@@ -188,6 +197,35 @@ def test_the_cache_packs_on_the_host_where_the_sources_lie_elsewhere(kernels):
     cache.check(made=2)
     cache.model[0].weight.data = cache.model[0].weight.data.transpose(2, 3)  # where they were, in another order
     cache.check(made=3)
+
+
+def test_a_captured_graph_keeps_its_packed_weights(kernels):
+    """It holds their addresses: they have to outlive edits that give the cache new ones, and refresh."""
+    cache = Cache(kernels)
+    cache.is_captured = True
+    assert "not packed: run the model once before" in cache.lookup()  # packing would wait for the device
+    assert cache.made == 0
+    cache.is_captured = False
+    kept = weakref.ref(cache.get()[0])
+    cache.is_captured = True
+    assert cache.get()[0] is kept()
+    cache.is_captured = False
+    cache.model[0].weight.data = cache.model[0].weight.data.clone()
+    cache.check(made=2)
+    gc.collect()
+    assert kept() is not None
+    cache.cache = PackCache(captured=cache.cache.captured)
+    gc.collect()
+    assert kept() is not None
+    container = accelerate(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1)))
+    with torch.no_grad():
+        container(torch.ones(1, 3, 4, 4))
+    packs = container.__dict__[_STATE].packs
+    packs.captured += [next(iter(packs)).content]
+    refresh(container)
+    assert container.__dict__[_STATE].packs.captured == packs.captured
+    assert len(container.__dict__[_STATE].packs) == 0
+    assert copy.deepcopy(restore(container)).__dict__[_STATE].packs.captured == []
 
 
 def test_without_a_repacker_nothing_is_trusted():

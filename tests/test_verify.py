@@ -263,6 +263,15 @@ def test_a_kernel_beyond_the_cap_is_absent_with_the_reason(monkeypatch):
         assert name in by_kernel[name].absent
 
 
+def test_a_kernel_that_failed_its_self_test_is_a_miss_and_not_merely_absent(monkeypatch):
+    monkeypatch.setattr(selection, "_switched_off", {})
+    selection.switch_off("portable_f32", torch.device("cpu"), "3 of 384 values differ")
+    rows = verify(only=["portable_f32"], shapes=[testing.shape("two")], dtypes=[torch.float32])
+    (row,) = [row for row in rows if row.op == "conv3x3"]
+    assert row.result == "MISS"
+    assert row.misses == ["switched off: 3 of 384 values differ"]
+
+
 def test_only_the_named_kernels():
     rows = verify(only=["portable_f32"], shapes=[testing.shape("two")], dtypes=[torch.float32])
     names = ("linear", "conv3x3", "conv_stack")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +13,33 @@ from torch import Tensor, nn
 from vgg_fast import gpu, selection
 from vgg_fast.chains import Chain
 from vgg_fast.ops._layout import suggests_channels_last
-from vgg_fast.tuning import Place, Question, Tuner, Verdict, disagreement, enabled, untimed
+from vgg_fast.tuning import Clock, Place, Question, Tuner, Verdict, disagreement, enabled, untimed
 from vgg_fast.winners import Winners, default_folder
 
-tuner = Tuner(Winners(default_folder()))
+_tuner = Tuner(Winners(default_folder()))
+
+
+class Device(NamedTuple):
+    """A GPU as far as the choice is concerned.
+
+    Attributes:
+        place: its name, capability and software.
+        candidates: the kernels that can run a dtype on it.
+        clock: see :func:`vgg_fast.gpu.clock`.
+        capturing: whether a CUDA graph is being captured.
+    """
+
+    place: Place
+    candidates: Callable[[torch.dtype], tuple[str, ...]]
+    clock: Clock
+    capturing: Callable[[], bool]
+
+
+@functools.cache
+def device_of(device: torch.device) -> Device:
+    """A device of this machine."""
+    candidates = partial(selection.candidates_on, device=device)
+    return Device(Place(*gpu.place(device.index)), candidates, gpu.clock(device), partial(gpu.capturing, device))
 
 
 def on_gpu(
@@ -24,6 +49,8 @@ def on_gpu(
     x: Tensor,
     dtype: torch.dtype,
     run: Callable[[str], Tensor | str],
+    device: Device | None = None,
+    tuner: Tuner = _tuner,
 ) -> Verdict:
     """The kernel for a chain and an input on a GPU, with the reason.
 
@@ -34,17 +61,19 @@ def on_gpu(
         x: ``[N, C, H, W]`` on the device.
         dtype: to compute in.
         run: runs the chain by the kernel of that name; a reason (str) why it cannot counts as a failure.
+        device: by default that of ``x``.
+        tuner: keeps the answers.
 
     Raises:
         RuntimeError: ``VGG_FAST_TUNE`` has a value it cannot have.
     """
-    device = x.device
     if not enabled():
         return untimed("VGG_FAST_TUNE=0: kernels are not timed, and an untimed one could be slower than PyTorch")
-    names = selection.candidates_on(dtype, device)
+    device = device or device_of(x.device)
+    names = device.candidates(dtype)
     if not names:
-        return untimed(selection.why_reference(dtype, device))
-    question = question_of(Place(*gpu.place(device.index)), names, chain, tensors, x, dtype)
+        return untimed(selection.why_reference(dtype, x.device))
+    question = question_of(device.place, names, chain, tensors, x, dtype)
     known = tuner.known(question)
     if known is not None:
         return known
@@ -66,7 +95,7 @@ def on_gpu(
         **{name: partial(kernel, name) for name in names},
     }
     agree = partial(disagreement, precision=question.precision)
-    return tuner.choose(question, calls, gpu.clock(device), agree, may_time=not gpu.capturing(device))
+    return tuner.choose(question, calls, device.clock, agree, may_time=not device.capturing())
 
 
 def question_of(

@@ -122,10 +122,21 @@ def _identity(tensors: list[Tensor], on_device: bool) -> tuple[list[Any], ...]:
 
 
 class PackCache:
-    """The packed chains of one container, bounded in number."""
+    """The packed chains of one container, bounded in number.
 
-    def __init__(self) -> None:
-        self._packs: dict[tuple[Any, ...], Packed[Any]] = {}
+    Args:
+        capturing: whether a CUDA graph is being captured on a device.
+        captured: packs that graphs hold the addresses of: kept as long as the container, as its parameters are.
+    """
+
+    def __init__(
+        self,
+        capturing: Callable[[torch.device], bool] = gpu.capturing,
+        captured: Iterable[Pack | LinearPack] = (),
+    ) -> None:
+        self._packs: dict[Any, Packed[Any]] = {}
+        self._capturing = capturing
+        self.captured = list(captured)
 
     def __len__(self) -> int:
         return len(self._packs)
@@ -162,7 +173,7 @@ class PackCache:
 
     def lookup(
         self,
-        key: tuple[Any, ...],
+        key: Any,
         tensors: list[Tensor],
         extras: tuple[Any, ...],
         limit: int,
@@ -180,10 +191,14 @@ class PackCache:
             on_device: whether ``make`` makes a repacker, so that nothing has to be read back.
         """
         pack = self._packs.get(key)
-        if pack is not None and pack.is_current(tensors, extras):
-            return pack.content
-        if gpu.capturing(tensors[0].device):
+        current = pack is not None and pack.is_current(tensors, extras)
+        if self._capturing(tensors[0].device):
+            if pack is not None and current:
+                self.captured.append(pack.content)
+                return pack.content
             return "a CUDA graph is being captured, and these weights are not packed: run the model once before"
+        if pack is not None and current:
+            return pack.content
         with _lock.held():
             pack = self._packs.get(key)  # another thread may have packed it while we waited
             if pack is not None and pack.is_current(tensors, extras):

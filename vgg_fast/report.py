@@ -177,6 +177,16 @@ def table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]], o
     )
 
 
+def milliseconds(value: float) -> str:
+    """Two decimals, and more for what a GPU does in microseconds.
+
+    Example:
+        >>> milliseconds(12.345), milliseconds(0.0123456)
+        ('12.35', '0.0123')
+    """
+    return f"{value:.2f}" if value >= 1 else f"{value:.3g}"
+
+
 def _times(rows: Sequence[Row]) -> str:
     lines, ours = [], []
     for problem, group in plots.grouped(rows).items():
@@ -184,7 +194,7 @@ def _times(rows: Sequence[Row]) -> str:
             mine = row["contestant"] == OURS
             kernel = f" <small>{escape(row['kernel'] or 'nothing fused')}</small>" if mine else ""
             quartiles = f"{row['ratio_low']:.2f}&#8239;&ndash;&#8239;{row['ratio_high']:.2f}"
-            cells = [f"{row['median_ms_per_image']:.2f}", f"{row['min_ms_per_image']:.2f}"]
+            cells = [milliseconds(row["median_ms_per_image"]), milliseconds(row["min_ms_per_image"])]
             cells += ["", ""] if mine else [f"{row['ratio_of_ours']:.2f}", quartiles]
             error = f"{row['relative_error']:.1e}"
             lines.append([escape(problem), escape(plots.title(row["contestant"])) + kernel, *cells, error])

@@ -326,6 +326,9 @@ def backends() -> list[BackendStatus]:
             without_gpu = backend.unsupported(Problem(torch.float32, "cuda", "sm_80"))
             reasons = ["there is no CUDA device", *without_gpu]
         else:
-            reasons = backend.unsupported(problem_on(torch.float32, torch.device("cuda" if on_gpu else "cpu")))
+            device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+            failed = [f"{kernel}: {why}" for (kernel, where), why in _switched_off.items() if where == device]
+            own = [why for why in failed if why.startswith(backend.name)]
+            reasons = backend.unsupported(problem_on(torch.float32, device)) + own
         result.append(BackendStatus(backend.name, backend.what, not reasons, "; ".join(reasons)))
     return result

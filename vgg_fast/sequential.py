@@ -36,9 +36,12 @@ class _State:
 
     __slots__ = ("packs", "plan")
 
-    def __init__(self) -> None:
+    def __init__(self, packs: PackCache | None = None) -> None:
         self.plan: Plan | None = None
-        self.packs = PackCache()
+        self.packs = PackCache() if packs is None else packs  # an empty one is false
+
+    def __reduce__(self) -> tuple[type[_State], tuple[()]]:
+        return _State, ()  # where a restored container still has one, for the sake of a graph
 
 
 class FusedSequential(nn.Sequential):
@@ -131,8 +134,10 @@ def record() -> Iterator[list[Segment]]:
 
 
 def drop_cache(container: FusedSequential) -> None:
-    """Forgets the container's plan and packed weights; the next forward makes them anew."""
-    container.__dict__.pop(_STATE, None)
+    """Forgets the container's plan and packed weights, but for those in CUDA graphs; the next forward makes others."""
+    state: _State | None = container.__dict__.pop(_STATE, None)
+    if state is not None and state.packs.captured:
+        container.__dict__[_STATE] = _State(PackCache(captured=state.packs.captured))
 
 
 def packed_weights(container: FusedSequential) -> list[Packed[Any]]:

@@ -22,7 +22,6 @@ from vgg_fast.verdicts import FORMATS, DeviceLost, Problem, Row
 from vgg_fast.verify_layers import Network
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-GPU_KERNELS = ("triton", "triton_tf32", "triton_bf16x3", "cuda", "cuda_tf32")
 
 
 class Unavailable(RuntimeError):
@@ -52,7 +51,7 @@ class Ops:
 def kernels(device: str) -> list[str]:
     """Names of the kernels that ``device`` (``cpu`` or ``cuda``) may have; which of them run here is another matter."""
     if device == "cuda":
-        return list(GPU_KERNELS)
+        return list(selection.GPU_KERNELS)
     return list(dict.fromkeys(selection.cpu_kernels() + selection.linear_kernels())) or [selection.REFERENCE]
 
 
@@ -146,7 +145,9 @@ class _Run:
                 Row(f"layers, batch {n}", kernel, _name(dtype), absent=absent) for n in self.batches if self.layers
             ]
             self.rows += made
-            if not absent:
+            if broken := selection.why_switched_off(kernel, where):  # by its self test, in this dtype or an earlier one
+                made[0].true(False, f"switched off: {broken}")
+            elif not absent:
                 pairs.append((made[0], made[1]))
                 networks += list(zip(made[2:], self.batches, strict=False))
         pools = _pools(checked, where, _name(dtype)) if self.pools else []

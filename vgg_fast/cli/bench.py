@@ -166,17 +166,13 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         problems.setdefault((row["problem"], row["precision"], row["batch"]), {})[row["contestant"]] = row
     for (problem, precision, batch), by_name in problems.items():
         found = [by_name.get(name) for name in shown]
-        cells = [f"{_ms(r['median_ms_per_image'])} ({_ms(r['min_ms_per_image'])})" if r else "" for r in found]
+        times = [(r["median_ms_per_image"], r["min_ms_per_image"]) if r else None for r in found]
+        cells = ["{} ({})".format(*map(html_report.milliseconds, pair)) if pair else "" for pair in times]
         ratio = by_name[OURS]["ratio_to_best_peer"]
         colour = "green" if ratio < 1 else "red"
         kernel = by_name[OURS]["kernel"] or "none"
         table.add_row(problem, precision, str(batch), *cells, f"[{colour}]{ratio:.2f}[/]", kernel)
     return table
-
-
-def _ms(value: float) -> str:
-    """Two decimals, and more for what a GPU does in microseconds."""
-    return f"{value:.2f}" if value >= 1 else f"{value:.3g}"
 
 
 @command

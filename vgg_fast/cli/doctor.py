@@ -19,7 +19,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from vgg_fast import __version__, gpu_facts, library, measure, selection
+from vgg_fast import __version__, gpu_facts, library, measure, selection, tuning, winners
 from vgg_fast.cli._ui import FAILED, command, dtype_name, print_json, progress, show
 from vgg_fast.peers import DTYPES
 
@@ -51,7 +51,7 @@ def examine() -> list[Finding]:
     findings = [*_versions(), *_processor(), *_libraries()]
     if not any(finding.what == "VGG_FAST_ISA" and finding.state == PROBLEM for finding in findings):
         findings += [*_kernels(), *_choices(), *_backends()]
-    return [*findings, *_gpu(), *_compilers(), *_optional()]
+    return [*findings, *_gpu(), *_timings(), *_compilers(), *_optional()]
 
 
 def _versions() -> Iterator[Finding]:
@@ -152,6 +152,22 @@ def _gpu() -> Iterator[Finding]:
             yield Finding(f"GPU {i}", OK, f"{torch.cuda.get_device_name(i)}, compute capability {capability}")
     else:
         yield Finding("GPU", ABSENT, gpu_facts.lacking() or "CUDA starts, but PyTorch counts no device")
+
+
+def _timings() -> Iterator[Finding]:
+    """Where the winners of the timings on a GPU are kept."""
+    what, folder = "GPU timings", winners.default_folder()
+    try:
+        switched_on = tuning.enabled()
+    except RuntimeError as error:
+        yield Finding("VGG_FAST_TUNE", PROBLEM, str(error), "unset it, or set it to 0 or 1")
+        return
+    if not switched_on:
+        yield Finding(what, ABSENT, "VGG_FAST_TUNE=0: on a GPU all is left to PyTorch unless a backend is named")
+    elif folder is None:
+        yield Finding(what, ABSENT, "there is no home folder to keep them in: kernels are timed in every process")
+    else:
+        yield Finding(what, OK, f"{len(list(folder.glob('*.json')))} kept in {folder}")
 
 
 def _backends() -> Iterator[Finding]:
