@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cmath>
 
 #include "conv3x3_sm90.cuh"
@@ -49,7 +50,8 @@ const char* encode_weights(CUtensorMap& map, const Sm90Args& args, const Sm90Pro
 }
 
 template <typename T>
-const char* launch_typed(const Sm90Args& args, const Sm90Problem& p, const Sm90Plan& plan, Queue queue) {
+const char* launch_typed(const Sm90Args& args, const Sm90Problem& p, const Sm90Plan& plan, int multiprocessors,
+                         Queue queue) {
   const auto kernel = conv3x3_sm90_kernel<T>;
   if (const char* error = text_of(cudaSetDevice(queue.device))) return error;
   if (const char* error =
@@ -76,7 +78,7 @@ const char* launch_typed(const Sm90Args& args, const Sm90Problem& p, const Sm90P
   t.split = plan.split;
   t.floor = args.relu ? 0.0f : -INFINITY;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(plan.ctas));
+  config.gridDim = dim3(static_cast<unsigned>(std::min(plan.items, multiprocessors)));
   config.blockDim = dim3(sm90::kThreads);
   config.dynamicSmemBytes = kSharedBytes;
   config.stream = static_cast<cudaStream_t>(queue.stream);
@@ -86,15 +88,16 @@ const char* launch_typed(const Sm90Args& args, const Sm90Problem& p, const Sm90P
 
 }  // namespace
 
-const char* launch_conv3x3_sm90(const Sm90Args& args, const Sm90Problem& p, const Sm90Plan& plan, Queue queue) {
+const char* launch_conv3x3_sm90(const Sm90Args& args, const Sm90Problem& p, int multiprocessors, Queue queue) {
   if (const char* reason = sm90_unsupported(p, 90)) return reason;
   for (const void* data : {args.x, args.weight, static_cast<const void*>(args.affine),
                            static_cast<const void*>(args.out), static_cast<const void*>(args.pooled)})
     if (reinterpret_cast<uintptr_t>(data) % 16) return "a tensor does not begin at a multiple of 16 bytes; copy it";
   if (p.n == 0) return nullptr;
+  const Sm90Plan plan = plan_sm90(p, multiprocessors);
   if (plan.split > 1 && !(args.partial && args.arrived)) return "no workspace for the partial sums of the plan";
-  return p.dtype == DType::kFloat16 ? launch_typed<__half>(args, p, plan, queue)
-                                    : launch_typed<__nv_bfloat16>(args, p, plan, queue);
+  return p.dtype == DType::kFloat16 ? launch_typed<__half>(args, p, plan, multiprocessors, queue)
+                                    : launch_typed<__nv_bfloat16>(args, p, plan, multiprocessors, queue);
 }
 
 }  // namespace vgg_fast::cuda

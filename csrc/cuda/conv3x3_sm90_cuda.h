@@ -20,7 +20,6 @@ struct Sm90Problem {
 struct Sm90Plan {
   int down, across;  // blocks of an image
   int whole, items;
-  int ctas;                              // of the launch: each takes item after item
   int split;                             // items that share the sum of a (half) tile, each some of its chunks
   int64_t partial_bytes, counter_bytes;  // of the workspace for partial sums and of their counters; 0 unless split
 };
@@ -46,6 +45,6 @@ struct Sm90Args {
 };
 
 // Queues the kernel. Returns null, or why nothing was queued.
-const char* launch_conv3x3_sm90(const Sm90Args& args, const Sm90Problem& problem, const Sm90Plan& plan, Queue queue);
+const char* launch_conv3x3_sm90(const Sm90Args& args, const Sm90Problem& problem, int multiprocessors, Queue queue);
 
 }  // namespace vgg_fast::cuda

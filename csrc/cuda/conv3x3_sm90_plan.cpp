@@ -44,7 +44,6 @@ Sm90Plan plan_sm90(const Sm90Problem& p, int multiprocessors) {
     plan.split = static_cast<int>(ceil_div(chunks, ceil_div(chunks, most)));
   }
   plan.items = static_cast<int>(plan.whole + halves * plan.split);
-  plan.ctas = std::min(plan.items, multiprocessors);
   if (plan.split > 1) {
     constexpr int64_t kTileBytes = kSm90Half * kSm90Block * kSm90Block * kSm90Columns * sizeof(float);
     plan.partial_bytes = halves * plan.split * kTileBytes;

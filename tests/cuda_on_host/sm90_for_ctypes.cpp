@@ -11,8 +11,8 @@ void plan_sm90_for(const Sm90Problem* problem, int multiprocessors, Sm90Plan* pl
 
 const char* sm90_unsupported_for(const Sm90Problem* problem, int sm) { return sm90_unsupported(*problem, sm); }
 
-const char* launch_sm90(const Sm90Args* args, const Sm90Problem* problem, const Sm90Plan* plan, int device,
+const char* launch_sm90(const Sm90Args* args, const Sm90Problem* problem, int multiprocessors, int device,
                         void* stream) {
-  return launch_conv3x3_sm90(*args, *problem, *plan, Queue{device, stream});
+  return launch_conv3x3_sm90(*args, *problem, multiprocessors, Queue{device, stream});
 }
 }

@@ -28,7 +28,7 @@ class Problem(ctypes.Structure):
 
 class Plan(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int) for name in ("down", "across", "whole", "items", "ctas", "split")),
+        *((name, ctypes.c_int) for name in ("down", "across", "whole", "items", "split")),
         ("partial_bytes", ctypes.c_int64),
         ("counter_bytes", ctypes.c_int64),
     ]
@@ -167,7 +167,7 @@ def conv3x3(
         x: ``[N, Cin, H, W]``, channels_last.
         weight: ``[Cout, Cin, 3, 3]``.
         affine: fp32 ``[2, Cout]``.
-        multiprocessors: of the GPU that the problem is cut for.
+        multiprocessors: of the GPU that the problem is cut for; as many CTAs are launched.
     """
     (n, cin, h, w), cout = x.shape, weight.shape[0]
     cut = plan(problem(n, h, w, cin, cout, x.dtype), multiprocessors)
@@ -176,7 +176,7 @@ def conv3x3(
     packed = weight.permute(0, 2, 3, 1).contiguous()
     fields = task(x, cout, affine, relu, cut) | results | scratch
     options |= {"outputs": [*results], "scratch": [*scratch], "shared_bytes": shared_bytes()}
-    launch(change(entry(x.dtype)), (cut.ctas,), [*maps(x, packed), (Task, fields)], **options)
+    launch(change(entry(x.dtype)), (min(cut.items, multiprocessors),), [*maps(x, packed), (Task, fields)], **options)
     if scratch:
         assert not scratch["arrived"].any(), "the counters are not ready for the next launch"
     return results

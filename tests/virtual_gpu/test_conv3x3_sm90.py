@@ -176,7 +176,7 @@ def test_the_launcher_launches_what_is_simulated(name: str) -> None:
     host.record_arguments(len(sizes), (ctypes.c_int * len(sizes))(*sizes))
     args = sm90.Args(**pointers, relu=True)
     stream = ctypes.c_void_p(77)
-    assert host.launch_sm90(ctypes.byref(args), ctypes.byref(wanted), ctypes.byref(cut), 3, stream) is None
+    assert host.launch_sm90(ctypes.byref(args), ctypes.byref(wanted), c.multiprocessors, 3, stream) is None
 
     launched = host.recorded_launch().contents
     assert launched.kernel.decode() == sm90.entry(c.dtype).code.name
@@ -206,17 +206,13 @@ def test_the_launcher_launches_what_is_simulated(name: str) -> None:
 
 def test_the_launcher_refuses() -> None:
     wanted = sm90.problem(1, 7, 16, 192, 128)
-    cut, args = sm90.plan(wanted, 3), sm90.Args()
-    assert cut.split == 3
-    assert b"workspace" in sm90.host().launch_sm90(ctypes.byref(args), ctypes.byref(wanted), ctypes.byref(cut), 0, None)
+    assert sm90.plan(wanted, 3).split == 3
+    args = sm90.Args()
+    assert b"workspace" in sm90.host().launch_sm90(ctypes.byref(args), ctypes.byref(wanted), 3, 0, None)
     args.x = 8
-    assert b"multiple of 16 bytes" in sm90.host().launch_sm90(
-        ctypes.byref(args), ctypes.byref(wanted), ctypes.byref(cut), 0, None
-    )
+    assert b"multiple of 16 bytes" in sm90.host().launch_sm90(ctypes.byref(args), ctypes.byref(wanted), 3, 0, None)
     wanted.cout = 100
-    assert b"one of 128" in sm90.host().launch_sm90(
-        ctypes.byref(args), ctypes.byref(wanted), ctypes.byref(cut), 0, None
-    )
+    assert b"one of 128" in sm90.host().launch_sm90(ctypes.byref(args), ctypes.byref(wanted), 3, 0, None)
 
 
 def test_unsupported_says_why() -> None:
