@@ -233,15 +233,10 @@ bool run_amx(const WeightGradArgs& a, const Tensor& dw, DType type) {
   char* const dy = kept(Kept::dy, a.n * plan.dy_image);
   float* const sums = floats(kept(Kept::sums, at_once ? 0 : s.bytes()));
   Writer writer(s, a, dw, type);
-  const int64_t halves_x = s.blocks_in * 2, halves = halves_x + s.blocks_out * 2;
-  parallel(a.n * halves, [&](int64_t unit) {
-    const int64_t image = unit / halves, half = unit % halves, channel = half < halves_x ? half : half - halves_x;
-    if (half < halves_x) {
-      weight_grad_pack_x_amx(a, plan, image, channel * kVector,
-                             x + image * plan.x_image + channel * kVector * plan.x_row_bytes);
-    } else {
-      weight_grad_pack_dy_amx(a, plan, image, channel * kVector, dy + image * plan.dy_image + channel * plan.dy_block);
-    }
+  parallel(a.n * a.h, [&](int64_t unit) {
+    const int64_t image = unit / a.h, row = unit % a.h;
+    weight_grad_pack_x_amx(a, plan, image, row, x + image * plan.x_image);
+    weight_grad_pack_dy_amx(a, plan, image, row, dy + image * plan.dy_image);
   });
   parallel(s.units(), [&](int64_t unit) {
     const int64_t slot = unit / s.blocks(), block = unit % s.blocks();

@@ -4,6 +4,7 @@
 #include <functional>
 #include <utility>
 
+#include "kept_memory.h"
 #include "stack.h"
 #include "torch_cpu.h"
 
@@ -68,13 +69,19 @@ std::vector<Layer> layers_of(const Tensor& x, const std::vector<Tensor>& weights
 // Where the chain of one image begins and ends.
 using ImageOf = std::function<std::pair<Image, Results>(int64_t image)>;
 
+int64_t workspace_bytes(const Stack& stack, int64_t n, int64_t threads) {
+  return (n >= threads ? threads : 1) * stack.workspace_bytes() + kLine;
+}
+
+Tensor workspace_of(const Stack& stack, int64_t n, int64_t threads, const Tensor& like) {
+  return torch::stable::empty({workspace_bytes(stack, n, threads)}, ScalarType::Byte, std::nullopt, like.device());
+}
+
 // As many images at a time as there are threads, each thread on its own: no waiting between layers. What is left over
 // is shared out layer by layer; parallel_for runs serially inside itself.
-void run_images(const Stack& stack, int64_t n, int64_t threads, const Tensor& like, const ImageOf& image_of) {
+void run_images(const Stack& stack, int64_t n, int64_t threads, char* workspace, const ImageOf& image_of) {
   const int64_t alone = n / threads * threads, slot_bytes = stack.workspace_bytes();
-  const Tensor workspace =
-      torch::stable::empty({(alone ? threads : 1) * slot_bytes + kLine}, ScalarType::Byte, std::nullopt, like.device());
-  const auto address = reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr());
+  const auto address = reinterpret_cast<uintptr_t>(workspace);
   char* base = reinterpret_cast<char*>((address + kLine - 1) / kLine * kLine);
   const auto run_image = [&](int64_t image, int64_t slot) {
     const auto [x, results] = image_of(image);
@@ -129,7 +136,8 @@ std::vector<Tensor> run_chain(const Tensor& x, const std::vector<Tensor>& weight
   results.push_back(empty_image(x, n, last.cout, last.out_h(), last.out_w(), channels_last));
   if (n > 0) {
     const Stack stack(kernel, dtype, std::move(layers), channels_last, threads);
-    run_images(stack, n, threads, x, [&](int64_t image) {
+    const Tensor workspace = workspace_of(stack, n, threads, x);
+    run_images(stack, n, threads, static_cast<char*>(workspace.mutable_data_ptr()), [&](int64_t image) {
       Results of_image{{}, image_of(results.back(), dtype, image), {}, {}};
       for (size_t i = 0; i + 1 < results.size(); ++i) of_image.taps.push_back(image_of(results[i], dtype, image));
       for (const int64_t mask : mask_of_layer) {
@@ -213,7 +221,8 @@ Tensor conv_stack_backward_cpu(const Tensor& dy, const std::vector<Tensor>& weig
   std::reverse(layers.begin(), layers.end());
   std::reverse(gates.begin(), gates.end());
   const Stack stack(kernel, dtype, std::move(layers), channels_last, threads);
-  run_images(stack, n, threads, dy, [&](int64_t image) {
+  const Tensor workspace = workspace_of(stack, n, threads, dy);
+  run_images(stack, n, threads, static_cast<char*>(workspace.mutable_data_ptr()), [&](int64_t image) {
     Results of_image{{}, image_of(dx, dtype, image), {}, {}};
     for (const Tensor* gate : gates) of_image.gates.push_back(gate == nullptr ? nullptr : mask_of(*gate, image));
     return std::pair(image_of(dz, dtype, image), std::move(of_image));
@@ -240,7 +249,7 @@ Tensor conv3x3_input_grad_cpu(const Tensor& dy, const Tensor& weight, const std:
   std::fill_n(layer.affine.begin(), layer.cout, 1.0f);
   Tensor dx = empty_image(dy, n, layer.cout, layer.h, layer.w, channels_last);
   const Stack stack(kernel, dtype, {layer}, channels_last, threads);
-  run_images(stack, n, threads, dy, [&](int64_t image) {
+  run_images(stack, n, threads, kept(Kept::workspace, workspace_bytes(stack, n, threads)), [&](int64_t image) {
     return std::pair(image_of(dy, dtype, image), Results{{}, image_of(dx, dtype, image), {}, {}});
   });
   return dx;

@@ -11,7 +11,7 @@
 
 namespace vgg_fast {
 
-enum class Kept { scratch, x, sums, dy, weight };
+enum class Kept { scratch, x, sums, dy, weight, workspace };
 
 // At least so many bytes, their contents whatever was left there; not to be asked for again before it is done with.
 inline char* kept(Kept which, int64_t bytes) {
@@ -19,8 +19,8 @@ inline char* kept(Kept which, int64_t bytes) {
   struct Free {
     void operator()(char* p) const { std::free(p); }
   };
-  thread_local std::unique_ptr<char, Free> memory[5];
-  thread_local int64_t sizes[5] = {};
+  thread_local std::unique_ptr<char, Free> memory[6];
+  thread_local int64_t sizes[6] = {};
   const auto i = static_cast<size_t>(which);
   if (sizes[i] < bytes) {
     memory[i].reset();

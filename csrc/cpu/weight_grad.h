@@ -74,10 +74,10 @@ struct WeightGradAmx {
   int64_t chunks() const { return ceil_div(pixels, kChunk); }
 };
 
-// Rows [begin, end) of 16 channels from `channel` on (zeros where there are none), the border included.
-void weight_grad_pack_x_amx(const WeightGradArgs& args, const WeightGradAmx& plan, int64_t image, int64_t channel,
-                            char* x);
-void weight_grad_pack_dy_amx(const WeightGradArgs& args, const WeightGradAmx& plan, int64_t image, int64_t channel,
+// A row of all channels (zeros where there are none) of an image's operand, and the border around it. Row by row, so
+// that each line of the map is fetched once.
+void weight_grad_pack_x_amx(const WeightGradArgs& args, const WeightGradAmx& plan, int64_t image, int64_t row, char* x);
+void weight_grad_pack_dy_amx(const WeightGradArgs& args, const WeightGradAmx& plan, int64_t image, int64_t row,
                              char* dy);
 // sums [32][9][32] of chunks [begin, end) of all images; chunk c is of image c / chunks().
 void weight_grad_amx(const WeightGradAmx& plan, const char* x, const char* dy, int64_t begin, int64_t end, float* sums);

@@ -67,21 +67,13 @@ VGG_TARGET inline __mmask16 channels_from(int64_t channel, int64_t count) {
 
 }  // namespace
 
-VGG_TARGET void weight_grad_pack_x_amx(const WeightGradArgs& a, const WeightGradAmx& p, int64_t image, int64_t channel,
+VGG_TARGET void weight_grad_pack_x_amx(const WeightGradArgs& a, const WeightGradAmx& p, int64_t image, int64_t row,
                                        char* x) {
-  const __mmask16 mask = channels_from(channel, a.cin);
-  const uint16_t* map = reinterpret_cast<const uint16_t*>(a.x) + image * a.h * a.w * a.cin + channel;
-  for (int64_t c = 0; c < kHalf; ++c) {
-    uint16_t* line = reinterpret_cast<uint16_t*>(x + c * p.x_row_bytes);
-    std::memset(line, 0, (p.pitch + 1) * 2);
-    for (int64_t row = 1; row <= p.h; ++row) {
-      std::memset(line + row * p.pitch + p.w + 1, 0, (p.pitch - p.w) * 2);
-    }
-    const int64_t end = (p.h + 1) * p.pitch + 1;
-    std::memset(line + end, 0, p.x_row_bytes - end * 2);
-  }
-  for (int64_t row = 0; row < p.h; ++row) {
-    const uint16_t* pixels = map + row * a.w * a.cin;
+  const uint16_t* map = reinterpret_cast<const uint16_t*>(a.x) + (image * a.h + row) * a.w * a.cin;
+  const int64_t end = (p.h + 1) * p.pitch + 1;
+  for (int64_t channel = 0; channel < ceil_div(a.cin, kSide) * kSide; channel += kHalf, x += kHalf * p.x_row_bytes) {
+    const __mmask16 mask = channels_from(channel, a.cin);
+    const uint16_t* pixels = map + channel;
     char* to = x + ((row + 1) * p.pitch + 1) * 2;
     for (int64_t column = 0; column < p.w; column += kStep, pixels += kStep * a.cin, to += kStep * 2) {
       const int64_t count = std::min(kStep, p.w - column);
@@ -95,23 +87,29 @@ VGG_TARGET void weight_grad_pack_x_amx(const WeightGradArgs& a, const WeightGrad
       const __mmask32 there = count >= kStep ? 0xffffffffu : __mmask32((1u << count) - 1);
       for (int64_t c = 0; c < kHalf; ++c) _mm512_mask_storeu_epi16(to + c * p.x_row_bytes, there, words[c]);
     }
+    for (int64_t c = 0; c < kHalf; ++c) {  // the border between this row and the next
+      uint16_t* line = reinterpret_cast<uint16_t*>(x + c * p.x_row_bytes);
+      for (int64_t i = p.w + 1; i <= p.pitch; ++i) line[(row + 1) * p.pitch + i] = 0;
+      if (row == 0) std::memset(line, 0, (p.pitch + 1) * 2);
+      if (row + 1 == p.h) std::memset(line + end, 0, p.x_row_bytes - end * 2);
+    }
   }
 }
 
-VGG_TARGET void weight_grad_pack_dy_amx(const WeightGradArgs& a, const WeightGradAmx& p, int64_t image, int64_t channel,
+VGG_TARGET void weight_grad_pack_dy_amx(const WeightGradArgs& a, const WeightGradAmx& p, int64_t image, int64_t row,
                                         char* dy) {
-  const __mmask16 mask = channels_from(channel, a.cout);
-  const uint16_t* pixels = reinterpret_cast<const uint16_t*>(a.dy) + image * a.h * a.w * a.cout + channel;
-  char* to = dy;
-  for (int64_t row = 0; row < p.h; ++row) {
+  const uint16_t* map = reinterpret_cast<const uint16_t*>(a.dy) + (image * a.h + row) * a.w * a.cout;
+  for (int64_t channel = 0; channel < ceil_div(a.cout, kSide) * kSide; channel += kHalf, dy += p.dy_block) {
+    const __mmask16 mask = channels_from(channel, a.cout);
+    char* to = dy + row * p.pitch / 2 * kLine;
     for (int64_t column = 0; column < p.pitch; column += 2, to += kLine) {
-      const uint16_t* first = pixels + (row * a.w + column) * a.cout;
+      const uint16_t* first = map + column * a.cout + channel;
       __m512i words = _mm512_setzero_si512();
       if (column < p.w) words = pairs(first, column + 1 < p.w ? first + a.cout : nullptr, mask);
       _mm512_storeu_si512(to, words);
     }
+    if (row + 1 == p.h) std::memset(to, 0, p.dy_block - (to - dy));
   }
-  std::memset(to, 0, p.dy_block - (to - dy));
 }
 
 VGG_TARGET void weight_grad_amx(const WeightGradAmx& p, const char* x, const char* dy, int64_t begin, int64_t end,
