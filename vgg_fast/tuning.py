@@ -195,9 +195,10 @@ _ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 def disagreement(result: Tensor, expected: Tensor, precision: str = "highest") -> str | None:
     """How a result differs from PyTorch's by more than roundings may; None where it does not.
 
-    Allowed are 64 roundings of the largest value. A network of 13 layers amplifies them: PyTorch itself is 24 (fp16), 23
-    (bf16) and 17 (tf32) of them away from float32 on VGG16-BN's features with random weights and calibrated statistics,
-    three without batch norm. A tile of zeros is above; small errors are the self test's to find, which compares bits.
+    Allowed are 64 roundings of the largest value. A network of 13 layers amplifies them: on VGG16-BN's features with
+    random weights and calibrated statistics PyTorch itself is 24 (fp16), 23 (bf16) and 17 (tf32) of them away from
+    float32, without batch norm three. A tile of zeros is above; small errors are the self test's to find, which compares
+    bits.
 
     Args:
         result, expected: of one shape, dtype and memory format.
