@@ -197,7 +197,7 @@ def disagreement(result: Tensor, expected: Tensor, precision: str = "highest") -
 
     Allowed are 64 roundings of the largest value. A network of 13 layers amplifies them: on VGG16-BN's features with
     random weights and calibrated statistics PyTorch itself is 24 (fp16), 23 (bf16) and 17 (tf32) of them away from
-    float32, without batch norm three. A tile of zeros is above; small errors are the self test's to find, which compares
+    float32, without batch norm three. A tile of zeros is above; what is smaller is for the self test, which compares
     bits.
 
     Args:
