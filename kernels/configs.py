@@ -47,18 +47,20 @@ class Machine(NamedTuple):
         tensor: dense 16-bit operations per clock; tf32 has half of them.
         fma: fp32 operations per clock on its other units.
         l2: bytes per clock that it gets from the L2 when all of them ask.
+        mma: whether each warp reads the operands of its own part of a tile from shared memory, 128 bytes per clock.
     """
 
     tensor: int
     fma: int
     l2: int
+    mma: bool
 
 
 MACHINES = {  # tests/virtual_gpu/counters.py says where these are from; sm_89 is an RTX 4090, its L2 is a guess
-    "sm_80": Machine(2048, 128, 47),
-    "sm_89": Machine(1024, 256, 24),
-    "sm_90": Machine(4096, 256, 39),
-    "sm_100": Machine(8192, 256, 39),
+    "sm_80": Machine(2048, 128, 47, mma=True),
+    "sm_89": Machine(1024, 256, 24, mma=True),
+    "sm_90": Machine(4096, 256, 39, mma=False),
+    "sm_100": Machine(8192, 256, 39, mma=False),
 }
 
 # Clocks of a program that are no products: the first loads, the epilogue. Measured on no GPU; 1 to 2 microseconds.
@@ -71,6 +73,7 @@ _SM80 = (
     Config(128, 128, 64, 8, 3),
     Config(256, 64, 64, 8, 3),
     Config(128, 64, 64, 4, 3),
+    Config(64, 128, 64, 4, 3),
     Config(64, 64, 64, 4, 3),
 )
 _SMALL = (
@@ -105,7 +108,7 @@ TILES = {
     },
 }
 
-# Accumulators of a thread that leave registers for an epilogue which holds a part of them twice: taps and sums of parts.
+# Accumulators of a thread that leave registers for an epilogue which holds some of them twice: taps, sums of parts.
 _LEAN = 64
 
 
@@ -203,6 +206,8 @@ def clocks(c: Config, precision: str, rows: int, cin: int, cout: int, architectu
     programs = math.ceil(rows / c.bm) * math.ceil(cout / c.bn) * c.split
     steps = math.ceil(math.ceil(9 * cin / c.bk) / c.split)
     multiply = 2 * c.bm * c.bn * c.bk / products.get(precision, machine.tensor)
-    load = (c.bm + c.bn) * c.bk * size / machine.l2
+    copied = (c.bm + c.bn) * c.bk * size
+    read = min(c.num_warps // n * c.bm + n * c.bn for n in (1, 2, 4)) * c.bk * size if machine.mma else 0
+    step = max(multiply, copied / machine.l2, (copied + read) / 128)
     add_up = (c.split + 1) * c.bm * c.bn * 4 / machine.l2 if c.split > 1 else 0
-    return math.ceil(programs / architecture.multiprocessors) * (steps * max(multiply, load) + _START + add_up)
+    return math.ceil(programs / architecture.multiprocessors) * (steps * step + _START + add_up)

@@ -299,7 +299,14 @@ def resident_ctas(gpu: Gpu, threads: int, registers: int, shared_bytes: int) -> 
     return min(limits.values())
 
 
-def predict(counters: Counters, gpu: Gpu, registers: int, shared_bytes: int, ctas: int | None = None) -> Prediction:
+def predict(
+    counters: Counters,
+    gpu: Gpu,
+    registers: int,
+    shared_bytes: int,
+    ctas: int | None = None,
+    memory_bytes: int | None = None,
+) -> Prediction:
     """The time a launch would take if its most wanted resource were always busy: a model, and a lower bound.
 
     max(tensor, issue, shared, L2, HBM). The first four belong to a multiprocessor (of the L2 its share), so they wait
@@ -311,6 +318,7 @@ def predict(counters: Counters, gpu: Gpu, registers: int, shared_bytes: int, cta
         gpu: of :data:`GPUS`.
         registers, shared_bytes: per thread and per CTA, see machine_code.py.
         ctas: of the real launch, where only some were simulated; the traffic of each is taken as their average.
+        memory_bytes: that the real launch reads and writes, each counted once, where it is known better than that.
     """
     total, simulated = counters.total, counters.ctas
     ctas = simulated if ctas is None else ctas
@@ -322,7 +330,9 @@ def predict(counters: Counters, gpu: Gpu, registers: int, shared_bytes: int, cta
         "L2": total.sectors * SECTOR / (gpu.l2 / gpu.sms),
     }
     times = {name: work / simulated * most / gpu.clock for name, work in per_sm.items()}
-    times["HBM"] = (counters.read.bytes + counters.written.bytes) * ctas / simulated / gpu.hbm
+    if memory_bytes is None:
+        memory_bytes = (counters.read.bytes + counters.written.bytes) * ctas // simulated
+    times["HBM"] = memory_bytes / gpu.hbm
     bound = max(times, key=lambda name: times[name])
     warps = -(-counters.threads // 32) * resident_ctas(gpu, counters.threads, registers, shared_bytes)
     return Prediction(times, times[bound], bound, warps / gpu.warps, ctas / (most * gpu.sms))

@@ -196,6 +196,7 @@ def launch(
     schedule: str = "latest",
     seed: int = 0,
     observer: Any = None,
+    only: Sequence[int] = (),
 ) -> None:
     """Runs a kernel over a grid and writes its results into the tensors.
 
@@ -212,6 +213,8 @@ def launch(
         shared_bytes: dynamic shared memory.
         schedule: when asynchronous work takes place: latest, earliest or random (with ``seed``).
         observer: see counters.py.
+        only: the CTAs to run, by their numbers, x first, where that is not all of them: what the others would write is
+            left undefined, and ``observer`` is told of a grid of this many.
 
     Raises:
         PtxError: before anything runs, for what cannot be simulated.
@@ -252,14 +255,16 @@ def launch(
     if meeting and ctas * threads // 32 <= _MEETING_WARPS:
         races = GlobalRaces(ctas, threads // 32, meeting, lambda pc: str(code.instructions[pc]))
     run = Launch(shape, (*(block or (threads,)), 1, 1)[:3], parameters, schedule, random, observer, races, maps)
+    numbers = np.asarray(only) if only else np.arange(ctas)
     if observer is not None:
-        observer.begin(code.kernel, shape, threads)
-    positions = np.stack(np.unravel_index(np.arange(int(np.prod(shape))), shape[::-1])[::-1], axis=1)
+        observer.begin(code.kernel, (len(numbers),), threads)
+    positions = np.stack(np.unravel_index(numbers, shape[::-1])[::-1], axis=1)
     chunk = max(1, _CHUNK_THREADS // threads)
     for first in range(0, len(positions), chunk):
-        Machine(code, positions[first : first + chunk], threads, shared, memory, run).run()
+        Machine(code, positions[first : first + chunk], threads, shared, memory, run, first).run()
     try:
-        memory.check_complete()
+        if not only:
+            memory.check_complete()
     except Fault as fault:
         raise KernelError(fault.kind, f"{fault}\nin {code.name}") from None
     if observer is not None:

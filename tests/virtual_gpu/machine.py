@@ -50,11 +50,17 @@ class Machine:
     """State of one chunk: registers ``R[slot][thread]``, memories, clocks, and who is where."""
 
     def __init__(
-        self, code: Code, ctas: np.ndarray, threads: int, shared_bytes: int, memory: GlobalMemory, launch: Any
+        self,
+        code: Code,
+        ctas: np.ndarray,  # [C, 3] positions in the grid
+        threads: int,
+        shared_bytes: int,
+        memory: GlobalMemory,
+        launch: Any,
+        first_cta: int,  # how many CTAs of the launch other chunks run before
     ) -> None:
         self.code, self.memory, self.launch = code, memory, launch
-        self.ctas, self.cta_threads = ctas, threads  # ctas: [C, 3] positions in the grid
-        self.first_cta = int(ctas[0] @ (1, launch.grid[0], launch.grid[0] * launch.grid[1]))
+        self.ctas, self.cta_threads, self.first_cta = ctas, threads, first_cta
         self.threads, self.cta_warps = len(ctas) * threads, threads // 32
         self.shared = SharedMemory(len(ctas), shared_bytes)
         self.local = LocalMemory(self.threads, code.kernel.local_bytes)

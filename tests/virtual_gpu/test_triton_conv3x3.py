@@ -59,8 +59,11 @@ def check(shape: testing.Shape, precision: str, epilogue: str, tile: Config, tar
         assert torch.equal(got, want.to(dtype))
 
 
-@pytest.mark.parametrize("epilogue", EPILOGUES)
-@pytest.mark.parametrize("precision", ["fp16", "bf16", "ieee", "tf32", "bf16x3"])
+@pytest.mark.parametrize(
+    ("precision", "epilogue"),
+    [("fp16", epilogue) for epilogue in EPILOGUES]
+    + [(precision, e) for precision in ("bf16", "ieee", "tf32", "bf16x3") for e in ("relu", "split pool", "split tap")],
+)
 @pytest.mark.parametrize("target", [80, 90])
 def test_epilogue(target: int, precision: str, epilogue: str) -> None:
     check(ODD, precision, epilogue, SMALLEST["16 bits" if precision in DTYPES else precision], target)
@@ -72,8 +75,8 @@ def test_epilogue(target: int, precision: str, epilogue: str) -> None:
     ids=lambda value: "x".join(map(str, value[:4])) if isinstance(value, Config) else str(value),
 )
 def test_tile(target: int, kind: str, tile: Config) -> None:
-    """Each with the epilogue that asks most of it. Two k-steps to a tap: a loop over taps and channels in one, which with
-    eight warps once came out wrong (triton #1254)."""
+    """Each with the epilogue that asks most of it. Two k-steps to a tap: one loop over taps and channels, which with 8
+    warps once came out wrong (triton #1254)."""
     shape = testing.Shape(
         "", 1, 2 * tile.bk, tile.bn, 20, 14, "280 pixels: more than most tiles, less than the largest"
     )

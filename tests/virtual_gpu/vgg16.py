@@ -2,6 +2,7 @@
 
     python -m tests.virtual_gpu.vgg16                        # 224x224, Triton's kernel for sm_80 and sm_90
     python -m tests.virtual_gpu.vgg16 --size 64 --target 90
+    python -m tests.virtual_gpu.vgg16 --batch 1,32,128 --gpu A100,H100,H200    # no forward: see predicted.py
 
 Prints how fast each layer was simulated and, from the counters, how long the model of counters.py says it would take
 the GPUs of that architecture at least, and why. (B200 does not run code for sm_90a; it stands for the same traffic.)
@@ -12,30 +13,21 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from tests.virtual_gpu import launch, triton_entry
+from tests.virtual_gpu import launch, predicted, triton_entry
 from tests.virtual_gpu.cases import ARCHITECTURES, arguments_of, channels_last
 from tests.virtual_gpu.counters import GPUS, Counters, predict
 from tests.virtual_gpu.launch import compile_triton
 from tests.virtual_gpu.machine_code import rows_of
+from tests.virtual_gpu.predicted import layers
 from vgg_fast import testing
 from vgg_fast.kernels.conv3x3 import launch_of
-from vgg_fast.models import cfgs
 
 GPUS_OF = {80: ["A100"], 90: ["H100", "H200", "B200"]}
-
-
-def layers() -> Iterator[tuple[int, int, bool]]:
-    """(cin, cout, pooled) of the thirteen convolutions."""
-    cin = 3
-    for here, following in itertools.pairwise(cfgs["D"]):
-        if isinstance(here, int):
-            yield cin, here, following == "M"
-            cin = here
 
 
 def first_input(size: int) -> Tensor:
@@ -56,8 +48,8 @@ def run(size: int, target: int, count: int) -> None:
     print(f"what bounds {names[0]}, the share of its SMs that are busy, and the TFLOP/s this would be")
     print("layer                     GFLOP  seconds  GFLOP/s" + "".join(f"{name:>9}" for name in names))
     sums = [0.0] * (2 + len(names))
-    for number, (cin, cout, pool) in enumerate(itertools.islice(layers(), count)):
-        h = x.shape[2]
+    for number, layer in enumerate(itertools.islice(layers(size), count)):
+        cin, cout, h, pool = layer.cin, layer.cout, layer.size, layer.pool
         weight = (testing.random_tensor(cout, cin, 3, 3, seed=number) * (2 / (9 * cin)) ** 0.5).half()  # He's
         affine, layout, counters = torch.tensor([[1.0], [0.0]]).repeat(1, cout), weight.permute(0, 2, 3, 1), Counters()
         launched = launch_of(x.dtype, 1, h, h, cin, cout, True, pool, ARCHITECTURES[target])
@@ -72,10 +64,9 @@ def run(size: int, target: int, count: int) -> None:
         testing.assert_conv_close(y, x, weight, relu=True, pool=pool)
         (row,) = rows_of(compiled.asm["cubin"], "conv3x3", target)
         models = [predict(counters, GPUS[name], row["registers"], compiled.metadata.shared) for name in names]
-        numbers = (2e-9 * 9 * h * h * cin * cout, seconds, *(model.seconds for model in models))
+        numbers = (1e-9 * layer.flops(1), seconds, *(model.seconds for model in models))
         sums = [a + b for a, b in zip(sums, numbers, strict=True)]
-        name = f"{cin}->{cout} {h}x{h}{' pool' if pool else ''}"
-        print(line(name, numbers), f" {models[0].bound:6} {models[0].busy:5.2f} {tflops(numbers)}", flush=True)
+        print(line(str(layer), numbers), f" {models[0].bound:6} {models[0].busy:5.2f} {tflops(numbers)}", flush=True)
         x = y
     print(line("all", sums), f"{tflops(sums):>17}")
 
@@ -95,10 +86,18 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="pixels in a row: a multiple of 32")
     parser.add_argument("--target", type=int, choices=GPUS_OF, help="compute capability; default: both")
     parser.add_argument("--layers", type=int, default=13, help="only the first so many convolutions")
+    parser.add_argument("--batch", help="predict these batch sizes from samples instead: 1,32,128")
+    parser.add_argument("--gpu", default=",".join(predicted.TARGET_OF), help="on these GPUs; default: %(default)s")
     options = parser.parse_args()
     if options.size < 32 or options.size % 32:
         parser.error(f"--size {options.size}: VGG16 halves its maps five times, take a multiple of 32")
     torch.set_num_threads(1)
+    if options.batch:
+        gpus = options.gpu.split(",")
+        if unknown := {*gpus} - {*predicted.TARGET_OF}:
+            parser.error(f"--gpu {min(unknown)}: it must be one of {', '.join(predicted.TARGET_OF)}")
+        predicted.report([int(batch) for batch in options.batch.split(",")], gpus)
+        return
     for target in [options.target] if options.target else GPUS_OF:
         run(options.size, target, options.layers)
 
