@@ -48,6 +48,10 @@ def _reasons(problem: Problem, device_type: str, *others: str | None) -> list[st
     return [reason for reason in (wrong_device, wrong_dtype, *others) if reason]
 
 
+def _rocm() -> str | None:
+    return "this PyTorch is built for ROCm, where nothing of ours was ever tried" if torch.version.hip else None
+
+
 def _too_old(problem: Problem, least: int) -> str | None:
     if problem.device_type != "cuda" or int(problem.architecture.removeprefix("sm_")) >= least:
         return None
@@ -66,11 +70,11 @@ def has_triton() -> bool:
 
 def _triton_unsupported(problem: Problem) -> list[str]:
     lacking = None if has_triton() else "Triton is not installed (pip install triton)"
-    return _reasons(problem, "cuda", lacking, _too_old(problem, 80))
+    return _reasons(problem, "cuda", _rocm() or lacking, _too_old(problem, 80))
 
 
 def _cuda_unsupported(problem: Problem) -> list[str]:
-    return _reasons(problem, "cuda", library.missing("_C_cuda"), _too_old(problem, 80))
+    return _reasons(problem, "cuda", _rocm() or library.missing("_C_cuda"), _too_old(problem, 80))
 
 
 @dataclass(frozen=True)

@@ -187,15 +187,18 @@ def _words(winner: str, seconds: Mapping[str, float], excluded: Mapping[str, str
     return f"timed: {'; '.join(part for part in (times, out) if part)}"
 
 
+_ROUNDINGS = 64
 # Units in the last place of what values are rounded to at their coarsest; accumulation is fp32 everywhere.
 _ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
 def disagreement(result: Tensor, expected: Tensor, precision: str = "highest") -> str | None:
-    """How a result differs from PyTorch's by more than two roundings of a deep network may; None where it does not.
+    """How a result differs from PyTorch's by more than roundings may; None where it does not.
 
-    Sixteen roundings of the largest value: calibrated VGG networks came within four, and what one wrong tile leaves is
-    far above. Small errors are the self test's to find, which compares bits.
+    Allowed are 64 roundings of the largest value. A network of 13 layers amplifies them: on VGG16-BN's features with
+    random weights and calibrated statistics PyTorch itself is 24 (fp16), 23 (bf16) and 17 (tf32) of them away from
+    float32, without batch norm three. A tile of zeros is above; what is smaller is for the self test, which compares
+    bits.
 
     Args:
         result, expected: of one shape, dtype and memory format.
@@ -203,7 +206,7 @@ def disagreement(result: Tensor, expected: Tensor, precision: str = "highest") -
 
     Example:
         >>> disagreement(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.5]))
-        'it differs from PyTorch by 0.5, where values reach 1 and 0.00024 is allowed'
+        'it differs from PyTorch by 0.5, where values reach 1 and 0.00098 is allowed'
     """
     if result.shape != expected.shape or result.dtype != expected.dtype or result.stride() != expected.stride():
         ours, theirs = (f"{tuple(t.shape)} {t.dtype} {t.stride()}" for t in (result, expected))
@@ -214,7 +217,7 @@ def disagreement(result: Tensor, expected: Tensor, precision: str = "highest") -
     wide = expected.float().where(finite, 0.0)
     error = float((result.float().where(finite, 0.0) - wide).abs().max())
     scale = float(wide.abs().max())
-    bound = 16 * _ROUNDOFF.get(result.dtype, fp32) * scale
+    bound = _ROUNDINGS * _ROUNDOFF.get(result.dtype, fp32) * scale
     if error <= bound:  # false for NaN
         return None
     return f"it differs from PyTorch by {error:.3g}, where values reach {scale:.3g} and {bound:.2g} is allowed"
