@@ -91,9 +91,10 @@ def layer_rows(ops: Ops) -> dict[str, Row]:
 def test_layers_of_a_network_at_their_real_size():
     rows = layer_rows(GOOD)
     assert {rows[f"layers, batch {n}"].result for n in BATCHES} == {"ok"}
-    # The pooled layer has five results and a second run, the other one fewer; then the chain.
-    assert rows["layers, batch 1"].problems == 6 + 5 + 1
-    assert rows["layers, batch 5"].problems == 11 + 5 + 5 - 1 + 1, "and the bits at the other places"
+    # The pooled layer has five results, each judged element by element and by the norm, and a second run; the other
+    # layer has one result fewer; then comes the chain.
+    assert rows["layers, batch 1"].problems == (2 * 5 + 1) + (2 * 4 + 1) + 1
+    assert rows["layers, batch 5"].problems == (3 * 5 + 1) + (3 * 4 + 1) + 1, "and the bits at the other places"
     assert 0 < rows["layers, batch 5"].worst <= 1
 
 
@@ -110,6 +111,21 @@ def test_a_wrong_image_in_the_middle_of_a_batch_is_found():
     misses = rows["layers, batch 5"].misses
     assert any("images [3] have not the bits" in miss for miss in misses)
     assert rows["layers, batch 5"].worst <= 1
+
+
+def test_tf32_that_passes_for_fp32_is_found_behind_thousands_of_terms():
+    """The bound of the worst case is too wide there; the norm is not."""
+
+    def lowered(x, *rest):
+        return GOOD.conv_stack(peers.round_to_tf32(x, cut=True), *rest)
+
+    deep = peers.Layer("deep", 512, 16, 4, False)
+    options = {"shapes": [], "layers": [deep], "batches": (1,), "dtypes": [torch.float32]}
+    rows = verify(only=["portable_f32"], checked=replace(GOOD, conv_stack=lowered), **options)
+    (row,) = [row for row in rows if row.op == "layers, batch 1"]
+    assert row.worst <= 1
+    assert len(row.misses) == 1
+    assert "relative error" in row.misses[0]
 
 
 def test_bits_that_change_from_run_to_run_are_found():

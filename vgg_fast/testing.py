@@ -265,6 +265,25 @@ def conv_bound(
     return F.max_pool2d(bound, 2) if pool else bound
 
 
+def norm_bound(kernel: str, dtype: torch.dtype, cin: int) -> float:
+    """What :func:`relative_error` of a convolution of random numbers may be.
+
+    :func:`conv_bound` holds for the worst of inputs, and grows with the number of terms: behind 4608 of them tf32 would
+    pass for fp32. The roundings of random sums add up like their root: u * sqrt(K / 6) for one sum in order.
+
+    Args:
+        kernel: the kernel's name.
+        dtype: of the tensors.
+        cin: input channels.
+
+    Example:
+        >>> norm_bound("cuda", torch.float32, 512) < 1e-4 < norm_bound("cuda_tf32", torch.float32, 512)
+        True
+    """
+    u32 = 2.0**-24
+    return product_error(kernel, dtype) + 8 * u32 * (9 * cin) ** 0.5 + torch.finfo(dtype).eps
+
+
 def weight_grad_bound(x: Tensor, dy: Tensor, out_dtype: torch.dtype, *, winograd: bool) -> Tensor:
     """Elementwise error bound of ``conv3x3_weight_grad`` with fp32 sums and one rounding at the end, in float64.
 

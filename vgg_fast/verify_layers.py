@@ -76,6 +76,9 @@ class Network:
         expected, bound = self.problem.answers(op, row.kernel).by_epilogue[True, pool]
         first = min(batch, 2)
         row.within(actual[:first], expected[:first], bound[:first], what)
+        error = testing.relative_error(actual[:first].cpu(), expected[:first])
+        limit = testing.norm_bound(row.kernel, self.dtype, self.problem.weight.shape[1])
+        row.true(error <= limit, f"{what}: relative error {error:.2e}, allowed {limit:.2e}")
         if batch > 2:
             # Image by image: all at once would take the memory of the whole batch once more.
             other = [i for i, image in enumerate(order(batch)) if not torch.equal(actual[i], actual[image])]
