@@ -284,6 +284,8 @@ __device__ void multiply(const Task& t, const Item& item, Shared shared, int con
     pixels.advance();
   }
   ptx90::wgmma_wait<0>();
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) ptx90::wgmma_settle(sums[i]);
   if (lane == 0) {
     ptx90::mbarrier_arrive(read_weights);
     ptx90::mbarrier_arrive(read_pixels);
