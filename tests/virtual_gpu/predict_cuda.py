@@ -62,7 +62,8 @@ def prediction(layer: Layer, batch: int, gpu: str) -> Row:
     period = math.lcm(cut.strips * cut.pairs * cut.strip, bm // 2) // (cut.strips * cut.pairs * cut.strip)
     counters = simulate(layer, min(batch, period, 8), cut.tile, cut.split, GPUS[gpu].sms, batch)
     written = layer.output_bytes(batch) // (4 if layer.pool else 1)
-    moved = layer.input_bytes(batch) + written + layer.weight_bytes + 8 * layer.cout + 2 * cut.partial_bytes
+    # Partial sums, 15 MB at most, are read again at once: they are traffic of the L2, which holds them, and not of HBM.
+    moved = layer.input_bytes(batch) + written + layer.weight_bytes + 8 * layer.cout
     registers = 65536 // (32 * WARPS[tile]) // 8 * 8 - 8
     model = predict(counters, GPUS[gpu], registers, cut.shared_bytes, cut.ctas, moved)
     split = f" / {cut.split}" if cut.split > 1 else ""
