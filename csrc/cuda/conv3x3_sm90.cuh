@@ -90,7 +90,8 @@ struct Block {
 
 // How many taps the first consumer is ahead of the second. Either keeps the tensor cores busy alone, so the one's
 // epilogue is hidden behind the other's products, for as long as the lead lasts: 512 clocks a tap, an epilogue is 1000
-// to 1500. Whoever is ahead loses the lead in his epilogue and has it back in the other's.
+// to 1500 (estimated from its instructions). Whoever is ahead loses the lead in his epilogue, and has it back in the
+// other's.
 constexpr int kLead = 3;
 constexpr int kGatherBarrier = 1, kLeadBarrier = 2;
 
@@ -284,6 +285,8 @@ __device__ void multiply(const Task& t, const Item& item, Shared shared, int con
     pixels.advance();
   }
   ptx90::wgmma_wait<0>();
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) ptx90::wgmma_settle(sums[i]);
   if (lane == 0) {
     ptx90::mbarrier_arrive(read_weights);
     ptx90::mbarrier_arrive(read_pixels);

@@ -96,6 +96,14 @@ __device__ inline void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory");
 }
 
+// No instruction: the compiler may not read the accumulators of a product before here. Of wgmma_wait it does not know
+// that they depend on it.
+template <int kCount>
+__device__ inline void wgmma_settle(float (&d)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
 // A matrix in shared memory, K-major (9.7.15.5.1.2). Core matrices are 8 rows of 16 bytes; those that are neighbours
 // along the rows lie `stride` bytes apart. Without swizzling the rows of a core matrix lie side by side, and neighbours
 // along k are `leading` bytes apart; with 128-byte swizzling a row is 128 bytes, and `leading` means nothing.
@@ -122,7 +130,7 @@ __device__ inline uint64_t at(uint64_t descriptor, uint32_t address) { return de
       : "l"(a), "l"(b), "r"(int{adds}))
 
 // d = a b (+ d if adds): a is [64, 16], b is [16, 128]; d[4 * j + 2 * s + e] is row 16 * warp + 8 * s + lane / 4,
-// column 8 * j + 2 * (lane % 4) + e. Asynchronous: d may be used after wgmma_wait.
+// column 8 * j + 2 * (lane % 4) + e. Asynchronous: d may be used after wgmma_wait and wgmma_settle.
 template <typename T>
 __device__ inline void wgmma_m64n128k16(float (&d)[64], uint64_t a, uint64_t b, bool adds) {
   if constexpr (std::is_same_v<T, __half>)
