@@ -37,9 +37,8 @@ RELU, POOL = 1, 2  # the bits of a program's entries, as in vgg_fast.reference.S
 # Triton's interpreter multiplies bf16 operands of a dot as if they were integers (triton #11584).
 _INTERPRETED = triton.knobs.runtime.interpret
 
-_WIDE = (
-    2**31 - 2**24
-)  # elements; 32-bit offsets past the last row of a tensor, which are not used, must not wrap around
+# Elements from which on offsets take 64 bits: those of rows past the last, which nobody loads, must not wrap around.
+_WIDE = 2**31 - 2**24
 
 
 class Launch(NamedTuple):
@@ -273,8 +272,8 @@ def _conv3x3_kernel(
     scale = tl.load(affine_ptr + co, mask=co < CO, other=0.0)
     offset = tl.load(affine_ptr + CO + co, mask=co < CO, other=0.0)
     if POOL:
-        # tl.max drops NaN, PyTorch passes it on; a reduction with a combine function of our own costs 256 shuffles and
-        # spills on sm_100, splits cost nothing.
+        # tl.max drops NaN, PyTorch passes it on; a reduction with a combine function of our own costs 256 shuffles,
+        # splits cost nothing.
         upper, lower = tl.split(acc.reshape(2, BM // 32, 2, 8, BN).permute(1, 2, 3, 4, 0))
         y00, y01 = tl.split(upper.permute(0, 2, 3, 1))
         y10, y11 = tl.split(lower.permute(0, 2, 3, 1))
