@@ -91,12 +91,13 @@ def conv3x3_mma(
     target: str = "80",
     tile: int = -1,
     split: int = 0,
+    cut: MmaPlan | None = None,
     **options: Any,
 ) -> dict[str, Tensor]:
     """``x`` channels_last, ``weight`` [Cout, Cin, 3, 3]; what is asked for of ``out`` and ``pooled``."""
     (n, cin, h, w), cout = x.shape, weight.shape[0]
     wanted = problem(n, h, w, cin, cout, x.dtype)
-    cut, args = plan(wanted, tile=tile, split=split), MmaArgs()
+    cut, args = cut or plan(wanted, tile=tile, split=split), MmaArgs()
     planner().args_for(ctypes.byref(wanted), ctypes.byref(cut), ctypes.byref(args))
     fields: dict[str, Any] = {name: getattr(args, name) for name, _ in MmaArgs._fields_}
     fields |= {"x": x, "weight": weight.permute(0, 2, 3, 1).contiguous(), "affine": affine, "relu": relu}

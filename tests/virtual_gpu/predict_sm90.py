@@ -18,7 +18,7 @@ import torch
 
 from tests.virtual_gpu import sm90
 from tests.virtual_gpu.counters import GPUS, SECTOR, Counters, Gpu
-from tests.virtual_gpu.vgg16 import layers
+from tests.virtual_gpu.predicted import layers
 from vgg_fast import testing
 
 
@@ -79,10 +79,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32, 128])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    sizes = [224]
-    for _, _, pool in layers():
-        sizes.append(sizes[-1] // 2 if pool else sizes[-1])
-    every = [(*layer, size) for layer, size in zip(layers(), sizes, strict=False)]
+    every = [(layer.cin, layer.cout, layer.pool, layer.size) for layer in layers()]
     problems = [p for p in every if p[0] % 64 == 0 and p[1] % 128 == 0]
     print("batch  layer                    whole + half / split   H100 us  H200 us  roofline  L2 / implicit GEMM")
     for batch in options.batch:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.virtual_gpu import Entry, KernelError, cases, cuda_cases, ptx_entry
+from tests.virtual_gpu import Entry, KernelError, cases, cuda_cases, predict_cuda, predicted, ptx_entry
 from tests.virtual_gpu.async_agents import SCHEDULES
 from tests.virtual_gpu.counters import Counters
 from tests.virtual_gpu.cuda_cases import MmaArgs, conv3x3_mma, plan, planner, problem
@@ -221,9 +221,18 @@ def test_structures_are_those_of_the_header() -> None:
     assert cut.strip * cut.strips >= 70
 
 
-# Where CTAs meet, the race detector takes each for one agent (docs/virtual-gpu.md): what orders the stores of partial
-# sums by its own warps before its arrival is not seen. It is the pattern of the CUDA guide: store, fence, barrier, add.
-WAIVED = {"drop bar.sync #4"}
+# The least demanding layer of each block: a larger one has more chunks to the same prologue and epilogue.
+@pytest.mark.parametrize(("cin", "cout", "size"), [(64, 128, 112), (128, 256, 56), (256, 512, 28), (512, 512, 14)])
+def test_predicted_share_of_the_tensor_cores_peak(cin: int, cout: int, size: int) -> None:
+    """Batch 32 on A100 by the model of counters.py; and at most half of the traffic of an implicit GEMM."""
+    if cases.find_nvcc() is None:
+        pytest.skip("no nvcc to compile csrc/cuda with")
+    layer = predicted.Layer(cin, cout, size, pool=False)
+    row = predict_cuda.prediction(layer, 32, "A100")
+    assert row.flops / predicted.peak("A100") / row.model.seconds >= 0.8
+    assert row.l2 <= 0.5
+
+
 MUTATED = {  # in turn, those that the ones before did not find out
     "half a chunk, two tiles": Case(1, 40, 64, 14, 14, HALF, 1, 1),
     "shared sums": Case(1, 40, 64, 8, 8, HALF, 1, 2),
@@ -251,7 +260,7 @@ def test_every_small_wrong_is_found_out() -> None:
     assert len(living) >= 30, "little to mutate: the compiler writes other code than it used to"
     for c in MUTATED.values():
         living = [mutant for mutant in living if survives(mutant, entry, c)]
-    assert {mutant.name for mutant in living} == WAIVED
+    assert [mutant.name for mutant in living] == []
 
 
 def one_entry(ptx: str, name: str) -> str:

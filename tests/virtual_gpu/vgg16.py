@@ -3,6 +3,7 @@
     python -m tests.virtual_gpu.vgg16                        # 224x224, Triton's kernel for sm_80 and sm_90
     python -m tests.virtual_gpu.vgg16 --size 64 --target 90
     python -m tests.virtual_gpu.vgg16 --batch 1,32,128 --gpu A100,H100,H200    # no forward: see predicted.py
+    python -m tests.virtual_gpu.vgg16 --batch 32 --kernel cuda                 # of csrc/cuda: see predict_cuda.py
 
 Prints how fast each layer was simulated and, from the counters, how long the model of counters.py says it would take
 the GPUs of that architecture at least, and why. (B200 does not run code for sm_90a; it stands for the same traffic.)
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tests.virtual_gpu import launch, predicted, triton_entry
+from tests.virtual_gpu import launch, predict_cuda, predicted, triton_entry
 from tests.virtual_gpu.cases import ARCHITECTURES, arguments_of, channels_last
 from tests.virtual_gpu.counters import GPUS, Counters, predict
 from tests.virtual_gpu.launch import compile_triton
@@ -88,6 +89,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=13, help="only the first so many convolutions")
     parser.add_argument("--batch", help="predict these batch sizes from samples instead: 1,32,128")
     parser.add_argument("--gpu", default=",".join(predicted.TARGET_OF), help="on these GPUs; default: %(default)s")
+    parser.add_argument("--kernel", choices=("triton", "cuda"), default="triton", help="whose times are predicted")
     options = parser.parse_args()
     if options.size < 32 or options.size % 32:
         parser.error(f"--size {options.size}: VGG16 halves its maps five times, take a multiple of 32")
@@ -96,7 +98,8 @@ def main() -> None:
         gpus = options.gpu.split(",")
         if unknown := {*gpus} - {*predicted.TARGET_OF}:
             parser.error(f"--gpu {min(unknown)}: it must be one of {', '.join(predicted.TARGET_OF)}")
-        predicted.report([int(batch) for batch in options.batch.split(",")], gpus)
+        of = predict_cuda if options.kernel == "cuda" else predicted
+        of.report([int(batch) for batch in options.batch.split(",")], gpus)
         return
     for target in [options.target] if options.target else GPUS_OF:
         run(options.size, target, options.layers)
