@@ -90,10 +90,10 @@ struct Conv3x3Args {
 using Conv3x3Fn = void (*)(const Conv3x3Args& args, int64_t group, int64_t row_begin, int64_t row_end, float* scratch);
 
 // The two stages of a Winograd kernel (cpu/winograd.h): the units of the first one fill `shared`, then those of the
-// second read it. Units of a stage are independent of one another.
+// second read it. Units of a stage are independent of one another. The images of the plan have one weight.
 struct WinogradPlan;
-using WinogradPrepareFn = void (*)(const Conv3x3Args& args, const WinogradPlan& plan, int64_t unit, float* shared);
-using WinogradRunFn = void (*)(const Conv3x3Args& args, const WinogradPlan& plan, int64_t unit, const float* shared,
+using WinogradPrepareFn = void (*)(const Conv3x3Args* images, const WinogradPlan& plan, int64_t unit, float* shared);
+using WinogradRunFn = void (*)(const Conv3x3Args* images, const WinogradPlan& plan, int64_t unit, const float* shared,
                                float* scratch);
 
 struct MicroKernel {
@@ -138,12 +138,12 @@ void conv3x3_amx_bf16(const Conv3x3Args&, int64_t group, int64_t row_begin, int6
 void conv3x3_amx_bf16x3(const Conv3x3Args&, int64_t group, int64_t row_begin, int64_t row_end, float* scratch);
 void conv3x3_amx_bf16x6(const Conv3x3Args&, int64_t group, int64_t row_begin, int64_t row_end, float* scratch);
 void conv3x3_avx2_winograd_f32(const Conv3x3Args&, int64_t group, int64_t row_begin, int64_t row_end, float* scratch);
-void winograd_prepare_avx2_winograd_f32(const Conv3x3Args&, const WinogradPlan&, int64_t unit, float* shared);
-void winograd_run_avx2_winograd_f32(const Conv3x3Args&, const WinogradPlan&, int64_t unit, const float* shared,
+void winograd_prepare_avx2_winograd_f32(const Conv3x3Args*, const WinogradPlan&, int64_t unit, float* shared);
+void winograd_run_avx2_winograd_f32(const Conv3x3Args*, const WinogradPlan&, int64_t unit, const float* shared,
                                     float* scratch);
 void conv3x3_avx512_winograd_f32(const Conv3x3Args&, int64_t group, int64_t row_begin, int64_t row_end, float* scratch);
-void winograd_prepare_avx512_winograd_f32(const Conv3x3Args&, const WinogradPlan&, int64_t unit, float* shared);
-void winograd_run_avx512_winograd_f32(const Conv3x3Args&, const WinogradPlan&, int64_t unit, const float* shared,
+void winograd_prepare_avx512_winograd_f32(const Conv3x3Args*, const WinogradPlan&, int64_t unit, float* shared);
+void winograd_run_avx512_winograd_f32(const Conv3x3Args*, const WinogradPlan&, int64_t unit, const float* shared,
                                       float* scratch);
 
 }  // namespace vgg_fast

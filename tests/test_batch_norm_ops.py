@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from vgg_fast import testing
 from vgg_fast.ops import batch_norm
@@ -77,6 +78,35 @@ def test_moments_are_as_close_as_pytorchs(offset):
         assert testing.relative_error(mine, value) <= 2 * testing.relative_error(theirs, value)
 
 
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("batch", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_whole_batch_norm_is_what_autograd_says(dtype, batch):
+    """With the ReLU and pool behind it; bf16 parameters are those of a model in bf16."""
+    z = last(testing.random_tensor(2, 37, 9, 7, dtype=dtype))
+    gamma, beta, mean = (testing.random_tensor(37, seed=i, dtype=dtype) for i in range(3))
+    variance = testing.random_tensor(37, seed=3, dtype=dtype).abs() + 0.5
+    statistics = (None, None) if batch else (mean, variance)
+    y, state = ops.batch_norm_forward(z, gamma, beta, *statistics, 1e-5, True, True)
+    dy = last(testing.random_tensor(*y.shape, seed=5, dtype=dtype))
+    dz, sums = ops.batch_norm_backward(dy, z, state, batch, True, True)
+
+    def by_autograd(dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (z, gamma, beta)]
+        running = (None, None) if batch else (mean.to(dtype), variance.to(dtype))
+        value = F.max_pool2d(F.relu(F.batch_norm(leaves[0], *running, *leaves[1:], training=batch)), 2)
+        return [value.detach(), *torch.autograd.grad(value, leaves, dy.to(dtype))]
+
+    # Where bf16 makes two values of a window equal, the first gets the gradient, here as in PyTorch.
+    exact, pytorch = by_autograd(torch.float64), by_autograd(dtype)
+    for ours, plain, value in zip((y, dz, *sums), pytorch, exact, strict=True):
+        assert testing.relative_error(ours, value) <= 2 * testing.relative_error(plain, value) + 1e-6
+    theirs = batch_norm._forward(z, gamma, beta, *statistics, 1e-5, True, True)
+    torch.testing.assert_close((y, state), theirs, rtol=1e-6, atol=1e-6)
+    other = batch_norm._backward(dy, z, state, batch, True, True)
+    torch.testing.assert_close((dz, sums), other, rtol=1e-2 if dtype is torch.bfloat16 else 1e-4, atol=1e-4)
+
+
 def test_all_levels_and_numbers_of_threads_give_the_same_bits(monkeypatch):
     z, dy = (last(testing.random_tensor(2, 40, 23, 30, seed=i)) for i in range(2))
     affine, centre = testing.random_tensor(2, 40, seed=2), testing.random_tensor(3, 40, seed=3)
@@ -106,6 +136,14 @@ def test_opcheck_and_refusals():
     torch.library.opcheck(ops.bn_relu_pool_sums.default, (y, z, affine, affine[:1], True, True))
     centre = testing.random_tensor(3, 17)
     torch.library.opcheck(ops.bn_relu_pool_backward.default, (y, z, affine, affine[:1], centre, True, True))
+    vector = testing.random_tensor(17)
+    torch.library.opcheck(ops.batch_norm_forward.default, (z, vector, None, None, None, 1e-5, True, True))
+    _, state = ops.batch_norm_forward(z, vector, None, None, None, 1e-5, True, True)
+    torch.library.opcheck(ops.batch_norm_backward.default, (y, z, state, True, True, True))
+    with pytest.raises(RuntimeError, match="state is not what batch_norm_forward returned"):
+        ops.batch_norm_backward(y, z, state[:2], True, True, True)
+    with pytest.raises(RuntimeError, match="weight must be a CPU tensor of 17 elements"):
+        ops.batch_norm_forward(z, vector[:3], None, None, None, 1e-5, True, True)
     with pytest.raises(RuntimeError, match="dense in channels_last"):
         ops.bn_relu_pool(z.contiguous(), affine, False, False)
     with pytest.raises(RuntimeError, match=r"fp32 CPU tensor \[2, 17\]"):

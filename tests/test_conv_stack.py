@@ -50,6 +50,16 @@ TAPS = (
 )
 
 
+# Weights that take longer to arrive than a small map to compute: from some layer on all images are run together.
+TOGETHER = (
+    Chain(
+        "cifar", (3, 16, 64, 256, 256), 32, 32, (RELU | POOL, RELU | POOL, RELU, RELU | POOL), "its end, by Winograd"
+    ),
+    Chain("tapped", (3, 20, 260, 256, 33), 9, 7, (RELU | POOL | TAP, RELU, TAP | POOL, RELU | TAP), "3x4 and 1x2 maps"),
+    Chain("alone", (256, 256), 5, 5, (RELU,), "from the first layer on, as a training step has it"),
+)
+
+
 def native_dtype(kernel: str) -> torch.dtype:
     """The kernel's own dtype, or a skip that says what this machine lacks."""
     dtype = torch.bfloat16 if kernel.endswith("bf16") else torch.float32
@@ -110,6 +120,20 @@ def test_taps(kernel, chain):
         for result, tensor in zip(results, expected, strict=True):
             assert result.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
             assert torch.equal(result, tensor)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("chain", TOGETHER, ids=lambda c: c.name)
+def test_images_run_together_have_the_bits_of_each_alone(kernel, chain):
+    x, weights, affines = packed(chain, kernel, native_dtype(kernel))
+    x = torch.cat([x, x.flip(2), x.flip(3), x[:1] * 2])  # 7: for two threads one is left over
+    for last in (False, True):
+        results = ops.conv_stack_taps(x, weights, affines, chain.program, kernel, last)
+        for image in range(len(x)):
+            alone = ops.conv_stack_taps(x[image : image + 1], weights, affines, chain.program, kernel, last)
+            assert all(torch.equal(a[0], r[image]) for a, r in zip(alone, results, strict=True))
+    big = x.repeat(10, 1, 1, 1)  # more than are run together
+    assert torch.equal(ops.conv_stack_taps(big, weights, affines, chain.program, kernel, True)[-1][63:], results[-1])
 
 
 def test_taps_are_what_the_reference_says():

@@ -159,3 +159,20 @@ def test_the_transposed_pack_is_that_of_the_turned_weight(kernel):
         turned = ops.pack(weight.flip(2, 3).transpose(0, 1), None, None, None, None, None, 0.0, kernel)[0]
         for each in (weight, weight.contiguous(memory_format=torch.channels_last)):
             assert torch.equal(ops.pack_transposed(each, kernel), turned)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_gradient_of_the_input_packs_for_itself(kernel):
+    """The bits of a transposed pack and a chain of one, whatever was left in the memory that it packs into."""
+    dtype = torch.bfloat16 if kernel.endswith("bf16") else torch.float32
+    for cout, cin in ((64, 64), (40, 37), (3, 64)):
+        dy = testing.random_tensor(3, cout, 9, 12, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        weight = testing.random_tensor(cout, cin, 3, 3, seed=1, dtype=dtype)
+        affine = torch.stack([torch.ones(cin), torch.zeros(cin)])
+        for each in (weight, weight.contiguous(memory_format=torch.channels_last)):
+            packed = ops.pack_transposed(each, kernel)
+            expected = ops.conv_stack(dy, [packed], [affine], [0], kernel, True)
+            assert torch.equal(ops.conv3x3_input_grad(dy, each, kernel, True), expected)
+    torch.library.opcheck(ops.conv3x3_input_grad.default, (dy, weight, kernel, False))
+    with pytest.raises(RuntimeError, match=r"weight \[Cout, Cin, 3, 3\] of the same dtype"):
+        ops.conv3x3_input_grad(dy[:, :2], weight, kernel, True)

@@ -33,16 +33,15 @@ from vgg_fast.reference import Step
 
 DTYPES = (torch.float32, torch.bfloat16)
 
-# Below this PyTorch is faster, as packing weights and writing their gradients costs more than computing. Measured for
-# VGG16's features in fp32, whose last convolutions see 1/16 of the image. A training step takes 0.62 of eager's time
-# for one image of 224 (14x14 pixels there), 0.65 for eight of 96 (288 pixels), 0.70 for 16 of 64 (256), but 1.13 for
-# two of 64 (32), 1.19 for four of 48 (36), and 1.08 for 64 of 32, where maps are 2x2. The gradient of the input alone
-# takes 1.21 there and 0.95 at 48x48 (maps of 3x3).
-LEAST_MAP, LEAST_PIXELS = 3 * 3, 48
+# With fewer pixels on its last maps PyTorch trains a chain faster, as packing weights and writing their gradients costs
+# more than computing. Measured for VGG16's features in fp32, whose last convolutions see 1/16 of the image: 0.58 of
+# eager's time for one image of 224 (196 pixels), 0.95 for 64 of 32 (256), 0.96 for 16 of 32 (64), 0.97 for four of 48
+# (36), 0.88 for two of 64 (32), but 1.69 for one of 32 (4).
+LEAST_PIXELS = 32
 
 
 def too_small(chain: Chain, x: Tensor, tensors: Sequence[Tensor]) -> str | None:
-    """Why a chain under gradients is left to PyTorch for the sake of time.
+    """Why a chain that is trained is left to PyTorch for the sake of time.
 
     Args:
         chain: of the plan.
@@ -52,9 +51,9 @@ def too_small(chain: Chain, x: Tensor, tensors: Sequence[Tensor]) -> str | None:
     pools = sum(run.pool is not None for run in chain.runs[:-1])
     height, width = x.shape[2] >> pools, x.shape[3] >> pools
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if height * width >= LEAST_MAP and (not trained or x.shape[0] * height * width >= LEAST_PIXELS):
+    if not trained or x.shape[0] * height * width >= LEAST_PIXELS:
         return None
-    return f"{x.shape[0]} last maps of {height}x{width} are too few pixels to be faster than PyTorch under gradients"
+    return f"{x.shape[0]} last maps of {height}x{width} are too few pixels to be trained faster than by PyTorch"
 
 
 class Trainable:

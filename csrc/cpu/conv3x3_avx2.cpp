@@ -99,14 +99,14 @@ VGG_TARGET void conv3x3_avx2_winograd_f32(const Conv3x3Args& args, int64_t group
   conv3x3_rows<Avx2>(args, group, row_begin, row_end, scratch);
 }
 
-VGG_TARGET void winograd_prepare_avx2_winograd_f32(const Conv3x3Args& args, const WinogradPlan& plan, int64_t unit,
+VGG_TARGET void winograd_prepare_avx2_winograd_f32(const Conv3x3Args* images, const WinogradPlan& plan, int64_t unit,
                                                    float* shared) {
-  winograd_prepare_unit<Avx2>(args, plan, unit, shared);
+  winograd_prepare_unit<Avx2>(images, plan, unit, shared);
 }
 
-VGG_TARGET void winograd_run_avx2_winograd_f32(const Conv3x3Args& args, const WinogradPlan& plan, int64_t unit,
+VGG_TARGET void winograd_run_avx2_winograd_f32(const Conv3x3Args* images, const WinogradPlan& plan, int64_t unit,
                                                const float* shared, float* scratch) {
-  winograd_run_unit<Avx2>(args, plan, unit, shared, scratch);
+  winograd_run_unit<Avx2>(images, plan, unit, shared, scratch);
 }
 
 const WeightGradF32 kWeightGradAvx2{"avx2",

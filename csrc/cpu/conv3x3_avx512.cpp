@@ -42,14 +42,14 @@ VGG_TARGET void conv3x3_avx512_winograd_f32(const Conv3x3Args& args, int64_t gro
   conv3x3_rows<Avx512F32>(args, group, row_begin, row_end, scratch);
 }
 
-VGG_TARGET void winograd_prepare_avx512_winograd_f32(const Conv3x3Args& args, const WinogradPlan& plan, int64_t unit,
+VGG_TARGET void winograd_prepare_avx512_winograd_f32(const Conv3x3Args* images, const WinogradPlan& plan, int64_t unit,
                                                      float* shared) {
-  winograd_prepare_unit<Avx512F32>(args, plan, unit, shared);
+  winograd_prepare_unit<Avx512F32>(images, plan, unit, shared);
 }
 
-VGG_TARGET void winograd_run_avx512_winograd_f32(const Conv3x3Args& args, const WinogradPlan& plan, int64_t unit,
+VGG_TARGET void winograd_run_avx512_winograd_f32(const Conv3x3Args* images, const WinogradPlan& plan, int64_t unit,
                                                  const float* shared, float* scratch) {
-  winograd_run_unit<Avx512F32>(args, plan, unit, shared, scratch);
+  winograd_run_unit<Avx512F32>(images, plan, unit, shared, scratch);
 }
 
 const WeightGradF32 kWeightGradAvx512{"avx512",

@@ -1,7 +1,6 @@
 // A chain of convolutions in one call: checks it, and hands images and workspace to the threads. stack.cpp computes.
 #include <algorithm>
 #include <cstring>
-#include <functional>
 #include <utility>
 
 #include "kept_memory.h"
@@ -66,34 +65,67 @@ std::vector<Layer> layers_of(const Tensor& x, const std::vector<Tensor>& weights
   return layers;
 }
 
-// Where the chain of one image begins and ends.
-using ImageOf = std::function<std::pair<Image, Results>(int64_t image)>;
+// Images that are run together where the weights take longer to arrive than an image to compute, and what their
+// workspaces may take.
+constexpr int64_t kTogether = 32, kTogetherBytes = 1 << 25;
 
-int64_t workspace_bytes(const Stack& stack, int64_t n, int64_t threads) {
-  return (n >= threads ? threads : 1) * stack.workspace_bytes() + kLine;
-}
+// How a batch is run.
+class Batch {
+ public:
+  Batch(const Stack& stack, int64_t n, int64_t threads)
+      : stack_(stack), n_(n), threads_(threads), deep_(n > 1 ? stack.lockstep_begin() : stack.size()) {
+    slots_ = n >= threads ? threads : 1;
+    if (!together()) return;
+    const int64_t fit = std::clamp<int64_t>(kTogetherBytes / stack.workspace_bytes(), 2, kTogether);
+    slots_ = ceil_div(n, ceil_div(n, fit));
+  }
 
-Tensor workspace_of(const Stack& stack, int64_t n, int64_t threads, const Tensor& like) {
-  return torch::stable::empty({workspace_bytes(stack, n, threads)}, ScalarType::Byte, std::nullopt, like.device());
-}
+  int64_t workspace_bytes() const {
+    return slots_ * stack_.workspace_bytes() + (together() ? stack_.shared_bytes(slots_) : 0) + kLine;
+  }
 
-// As many images at a time as there are threads, each thread on its own: no waiting between layers. What is left over
-// is shared out layer by layer; parallel_for runs serially inside itself.
-void run_images(const Stack& stack, int64_t n, int64_t threads, char* workspace, const ImageOf& image_of) {
-  const int64_t alone = n / threads * threads, slot_bytes = stack.workspace_bytes();
-  const auto address = reinterpret_cast<uintptr_t>(workspace);
-  char* base = reinterpret_cast<char*>((address + kLine - 1) / kLine * kLine);
-  const auto run_image = [&](int64_t image, int64_t slot) {
-    const auto [x, results] = image_of(image);
-    stack.run(x, results, base + slot * slot_bytes);
-  };
-  torch::stable::parallel_for(0, alone ? threads : 0, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t slot = begin; slot < end; ++slot) {
-      for (int64_t image = slot; image < alone; image += threads) run_image(image, slot);
+  // task_of(image): where its chain begins and ends.
+  template <class TaskOf>
+  void run(char* workspace, const TaskOf& task_of) const {
+    const auto address = reinterpret_cast<uintptr_t>(workspace);
+    char* base = reinterpret_cast<char*>((address + kLine - 1) / kLine * kLine);
+    const auto task = [&](int64_t image, int64_t slot) {
+      Task one = task_of(image);
+      one.workspace = base + slot * stack_.workspace_bytes();
+      return one;
+    };
+    // As many images at a time as there are threads, each thread on its own: no waiting between layers. What is left
+    // over is shared out layer by layer; parallel_for runs serially inside itself.
+    const auto run_alone = [&](int64_t first, int64_t count, size_t layers) {
+      const int64_t alone = count / threads_ * threads_;
+      torch::stable::parallel_for(0, alone ? threads_ : 0, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t thread = begin; thread < end; ++thread) {
+          for (int64_t i = thread; i < alone; i += threads_) {
+            stack_.run({task(first + i, together() ? i : thread)}, 0, layers, nullptr);
+          }
+        }
+      });
+      for (int64_t i = alone; i < count; ++i) {
+        stack_.run({task(first + i, together() ? i : 0)}, 0, layers, nullptr);
+      }
+    };
+    if (!together()) return run_alone(0, n_, stack_.size());
+    for (int64_t first = 0; first < n_; first += slots_) {
+      const int64_t count = std::min(slots_, n_ - first);
+      run_alone(first, count, deep_);
+      std::vector<Task> tasks;
+      for (int64_t i = 0; i < count; ++i) tasks.push_back(task(first + i, i));
+      stack_.run(tasks, deep_, stack_.size(), base + slots_ * stack_.workspace_bytes());
     }
-  });
-  for (int64_t image = alone; image < n; ++image) run_image(image, 0);
-}
+  }
+
+ private:
+  bool together() const { return deep_ < stack_.size(); }
+
+  const Stack& stack_;
+  int64_t n_, threads_, slots_;
+  size_t deep_;
+};
 
 // [n][ceil(c / 16)][h][w][2] bytes. What no window of the pool holds is never written, but read by who unpacks it.
 Tensor empty_mask(const Tensor& like, int64_t n, const Layer& layer) {
@@ -136,14 +168,16 @@ std::vector<Tensor> run_chain(const Tensor& x, const std::vector<Tensor>& weight
   results.push_back(empty_image(x, n, last.cout, last.out_h(), last.out_w(), channels_last));
   if (n > 0) {
     const Stack stack(kernel, dtype, std::move(layers), channels_last, threads);
-    const Tensor workspace = workspace_of(stack, n, threads, x);
-    run_images(stack, n, threads, static_cast<char*>(workspace.mutable_data_ptr()), [&](int64_t image) {
+    const Batch batch(stack, n, threads);
+    const Tensor workspace =
+        torch::stable::empty({batch.workspace_bytes()}, ScalarType::Byte, std::nullopt, x.device());
+    batch.run(static_cast<char*>(workspace.mutable_data_ptr()), [&](int64_t image) {
       Results of_image{{}, image_of(results.back(), dtype, image), {}, {}};
       for (size_t i = 0; i + 1 < results.size(); ++i) of_image.taps.push_back(image_of(results[i], dtype, image));
       for (const int64_t mask : mask_of_layer) {
         of_image.masks.push_back(mask < 0 ? nullptr : mask_of(masks[mask], image));
       }
-      return std::pair(image_of(x, dtype, image), std::move(of_image));
+      return Task{image_of(x, dtype, image), std::move(of_image), nullptr};
     });
   }
   masks.insert(masks.end(), results.begin(), results.end());
@@ -221,11 +255,12 @@ Tensor conv_stack_backward_cpu(const Tensor& dy, const std::vector<Tensor>& weig
   std::reverse(layers.begin(), layers.end());
   std::reverse(gates.begin(), gates.end());
   const Stack stack(kernel, dtype, std::move(layers), channels_last, threads);
-  const Tensor workspace = workspace_of(stack, n, threads, dy);
-  run_images(stack, n, threads, static_cast<char*>(workspace.mutable_data_ptr()), [&](int64_t image) {
+  const Batch batch(stack, n, threads);
+  const Tensor workspace = torch::stable::empty({batch.workspace_bytes()}, ScalarType::Byte, std::nullopt, dy.device());
+  batch.run(static_cast<char*>(workspace.mutable_data_ptr()), [&](int64_t image) {
     Results of_image{{}, image_of(dx, dtype, image), {}, {}};
     for (const Tensor* gate : gates) of_image.gates.push_back(gate == nullptr ? nullptr : mask_of(*gate, image));
-    return std::pair(image_of(dz, dtype, image), std::move(of_image));
+    return Task{image_of(dz, dtype, image), std::move(of_image), nullptr};
   });
   return dx;
 }
@@ -249,8 +284,9 @@ Tensor conv3x3_input_grad_cpu(const Tensor& dy, const Tensor& weight, const std:
   std::fill_n(layer.affine.begin(), layer.cout, 1.0f);
   Tensor dx = empty_image(dy, n, layer.cout, layer.h, layer.w, channels_last);
   const Stack stack(kernel, dtype, {layer}, channels_last, threads);
-  run_images(stack, n, threads, kept(Kept::workspace, workspace_bytes(stack, n, threads)), [&](int64_t image) {
-    return std::pair(image_of(dy, dtype, image), Results{{}, image_of(dx, dtype, image), {}, {}});
+  const Batch batch(stack, n, threads);
+  batch.run(kept(Kept::workspace, batch.workspace_bytes()), [&](int64_t image) {
+    return Task{image_of(dy, dtype, image), Results{{}, image_of(dx, dtype, image), {}, {}}, nullptr};
   });
   return dx;
 }

@@ -69,9 +69,30 @@ bool Stack::winograd(const Layer& layer) const {
   return kernel_.winograd_run != nullptr && winograd_pays(layer.h, layer.w, layer.cin);
 }
 
-WinogradPlan Stack::plan(const Layer& layer) const {
+WinogradPlan Stack::plan(const Layer& layer, int64_t images) const {
   return winograd_plan(layer.h, layer.w, kernel_.cin_blocks(layer.cin), kernel_.groups(layer.cout), kernel_.group,
-                       threads_);
+                       threads_, images);
+}
+
+// Of several images the maps pass by while a group's weights are in L2, which is no gain where the maps are as large.
+size_t Stack::lockstep_begin() const {
+  const size_t least = strips() ? 2 : 0;
+  size_t begin = layers_.size();
+  for (; begin > least; --begin) {
+    const Layer& layer = layers_[begin - 1];
+    const int64_t map = map_bytes(kernel_.cin_blocks(layer.cin) * kernel_.parts, layer.h, layer.w);
+    if (2 * map > weight_bytes(layer) / kernel_.groups(layer.cout)) break;
+    if (winograd(layer) && plan(layer).share_weights) break;
+  }
+  return begin;
+}
+
+int64_t Stack::shared_bytes(int64_t tasks) const {
+  int64_t floats = 0;
+  for (size_t i = lockstep_begin(); i < layers_.size(); ++i) {
+    if (winograd(layers_[i])) floats = std::max(floats, plan(layers_[i], tasks).shared_floats());
+  }
+  return lines(floats * int64_t{sizeof(float)});
 }
 
 bool Stack::strips() const {
@@ -167,42 +188,42 @@ void Stack::fill(const Image& x, char* map) const {
   });
 }
 
-void Stack::run_layer(const Layer& layer, const Conv3x3Args& args, char* shared) const {
+// images: the same layer's arguments for each.
+void Stack::run_layer(const Layer& layer, const std::vector<Conv3x3Args>& images, char* shared) const {
+  const int64_t count = int64_t(images.size());
   if (winograd(layer)) {
-    WinogradPlan p = plan(layer);
+    WinogradPlan p = plan(layer, count);
     float* operand = reinterpret_cast<float*>(shared);
     for (p.band = 0; p.band < p.bands(); ++p.band) {
       torch::stable::parallel_for(0, p.prepare_units(), 1, [&](int64_t begin, int64_t end) {
         const FlushDenormals mode;
-        for (int64_t unit = begin; unit < end; ++unit) kernel_.winograd_prepare(args, p, unit, operand);
+        for (int64_t unit = begin; unit < end; ++unit) kernel_.winograd_prepare(images.data(), p, unit, operand);
       });
       torch::stable::parallel_for(0, p.run_units(), 1, [&](int64_t begin, int64_t end) {
         const FlushDenormals mode;
         float* own = scratch_floats(p.scratch_floats());
-        for (int64_t unit = begin; unit < end; ++unit) kernel_.winograd_run(args, p, unit, operand, own);
+        for (int64_t unit = begin; unit < end; ++unit) kernel_.winograd_run(images.data(), p, unit, operand, own);
       });
     }
     return;
   }
   // The pool drops an odd last row; its convolution need not be computed.
-  const int64_t rows = layer.pool && !layer.tap ? layer.h / 2 * 2 : layer.h, chunks = ceil_div(rows, kernel_.rows);
-  const int64_t groups = kernel_.groups(layer.cout);
-  const int64_t weight_bytes = kernel_.weight_words(layer.cout, layer.cin) * 4;
-  const int64_t share = ceil_div(weight_bytes / groups, chunks * kLine) * kLine;
-  const bool rows_outside = weight_bytes <= kResidentWeights;
+  const int64_t rows = layer.pool && !layer.tap ? layer.h / 2 * 2 : layer.h, strips = ceil_div(rows, kernel_.rows);
+  const int64_t groups = kernel_.groups(layer.cout), group_bytes = weight_bytes(layer) / groups;
+  const int64_t chunks = count * strips, share = ceil_div(group_bytes, chunks * kLine) * kLine;
+  const bool rows_outside = count == 1 && weight_bytes(layer) <= kResidentWeights;
   torch::stable::parallel_for(0, groups * chunks, 1, [&](int64_t begin, int64_t end) {
     const FlushDenormals mode;
     float* own = scratch_floats(kernel_.scratch_floats(layer.w));
-    Conv3x3Args unit_args = args;
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t group = rows_outside ? unit % groups : unit / chunks;
-      const int64_t row = (rows_outside ? unit / groups : unit % chunks) * kernel_.rows;
+      const int64_t chunk = rows_outside ? unit / groups : unit % chunks, row = chunk % strips * kernel_.rows;
+      Conv3x3Args args = images[chunk / strips];
       if (!rows_outside) {  // each chunk of a group fetches its share of the next group's weights
-        unit_args.next =
-            reinterpret_cast<const char*>(layer.weight) + (group + 1) * (weight_bytes / groups) + unit % chunks * share;
-        unit_args.next_lines = unit + chunks < end ? share / kLine : 0;
+        args.next = reinterpret_cast<const char*>(layer.weight) + (group + 1) * group_bytes + chunk * share;
+        args.next_lines = unit + chunks < end ? share / kLine : 0;
       }
-      kernel_.run(unit_args, group, row, std::min(row + kernel_.rows, rows), own);
+      kernel_.run(args, group, row, std::min(row + kernel_.rows, rows), own);
     }
   });
 }
@@ -242,7 +263,7 @@ void Stack::run_strips(const Image& x, const Results& results, const Conv3x3Args
     floats = std::max(floats, p.scratch_floats());
     torch::stable::parallel_for(0, p.prepare_units(), 1, [&](int64_t begin, int64_t end) {
       const FlushDenormals mode;
-      for (int64_t unit = begin; unit < end; ++unit) kernel_.winograd_prepare(args, p, unit, weights);
+      for (int64_t unit = begin; unit < end; ++unit) kernel_.winograd_prepare(&args, p, unit, weights);
     });
   }
   const int64_t x_bytes = map_bytes(kernel_.cin_blocks(first.cin) * kernel_.parts, scale * (height + 2), first.w);
@@ -273,7 +294,7 @@ void Stack::run_strips(const Image& x, const Results& results, const Conv3x3Args
       below.x = map - strip.top * pitch;
       below.x_plane = plane;
       for (int64_t unit = strip.unit_begin; unit < strip.unit_end; ++unit) {
-        kernel_.winograd_run(below, p, unit, weights, own);
+        kernel_.winograd_run(&below, p, unit, weights, own);
       }
       for (int64_t group = 0; !transformed && group < kernel_.groups(second.cout); ++group) {
         kernel_.run(below, group, strip.top, strip.bottom, own);
@@ -283,53 +304,74 @@ void Stack::run_strips(const Image& x, const Results& results, const Conv3x3Args
 }
 
 // A layer's map lies at one end of the workspace, what it leaves behind at the other one; then the ends change places.
-void Stack::run(const Image& x, const Results& results, char* workspace) const {
-  char* const end = workspace + workspace_bytes_;
+// Whether the map of layer i is at the beginning.
+bool Stack::forward_at(size_t i) const {
   bool forward = true;
-  if (!strips()) fill(x, workspace);
-  auto tap = results.taps.begin();
-  for (size_t i = strips() ? 1 : 0; i < layers_.size(); ++i) {
-    const Layer& layer = layers_[i];
-    const bool last = i + 1 == layers_.size(), map = !last && !leaves_image(i);
+  for (size_t j = strips() ? 1 : 0; j < i; ++j) forward ^= !leaves_image(j);
+  return forward;
+}
+
+// Where layer i reads and writes, with the borders of what it leaves behind.
+Conv3x3Args Stack::prepare(const Task& task, size_t i) const {
+  const Layer& layer = layers_[i];
+  const bool last = i + 1 == layers_.size(), forward = forward_at(i);
+  const Buffers b = buffers(i);
+  char* out = forward ? task.workspace + workspace_bytes_ - b.out : task.workspace;
+  Conv3x3Args args = arguments(i, task.results);
+  args.x = forward ? task.workspace : task.workspace + workspace_bytes_ - b.in;
+  // No window of the pool holds the last row or column of an odd map: its gradient is zero.
+  const bool odd = layer.below.pooled && (layer.out_h() % 2 || layer.out_w() % 2);
+  if (!last && !leaves_image(i)) {
+    const int64_t plane = (layer.out_h() + 2) * (layer.out_w() + 2) * kLine;
+    args.y = map_output(layer, out, layer.out_h(), layer.out_w());
+    torch::stable::parallel_for(0, planes(layer), 1, [&](int64_t first, int64_t stop) {
+      if (odd) std::memset(out + first * plane, 0, (stop - first) * plane);
+      for (int64_t p = first; p < stop; ++p) clear_border(out + p * plane, layer.out_h(), layer.out_w(), true, true);
+    });
+  } else {
+    if (odd) std::memset(out, 0, b.out);
+    args.y = image_output(leaves_image(i) ? staged(layer, out, layer.out_h(), layer.out_w()) : task.results.y);
+  }
+  if (layer.tap) args.tap = image_output(tapped(task, i));
+  return args;
+}
+
+// Where layer i leaves its tap: the result itself, or its image on the way there.
+Image Stack::tapped(const Task& task, size_t i) const {
+  const Layer& layer = layers_[i];
+  const Buffers b = buffers(i);
+  if (writes_directly(layer)) return task.results.taps[tap_of(i)];
+  return staged(layer, task.workspace + (forward_at(i) ? b.in : b.out) + b.shared, layer.h, layer.w);
+}
+
+// What is left to do when layer i has been computed.
+void Stack::finish(const Task& task, size_t i) const {
+  const Layer& layer = layers_[i];
+  const bool forward = forward_at(i);
+  if (layer.tap && !writes_directly(layer)) copy_image(tapped(task, i), task.results.taps[tap_of(i)]);
+  if (!leaves_image(i)) return;
+  char* const end = task.workspace + workspace_bytes_;
+  Image image = staged(layer, forward ? end - buffers(i).out : task.workspace, layer.out_h(), layer.out_w());
+  if (i + 1 == layers_.size()) return copy_image(image, task.results.y);
+  image.c = layer.cout;
+  fill(image, forward ? task.workspace : end - buffers(i + 1).in);
+}
+
+void Stack::run(const std::vector<Task>& tasks, size_t begin, size_t end, char* shared) const {
+  if (begin == 0 && !strips()) {
+    for (const Task& task : tasks) fill(task.x, task.workspace);
+  }
+  for (size_t i = std::max<size_t>(begin, strips() ? 1 : 0); i < end; ++i) {
+    std::vector<Conv3x3Args> images;
+    for (const Task& task : tasks) images.push_back(prepare(task, i));
     const Buffers b = buffers(i);
-    char* in = forward ? workspace : end - b.in;
-    char* out = forward ? end - b.out : workspace;
-    char* shared = workspace + (forward ? b.in : b.out);
-    Conv3x3Args args = arguments(i, results);
-    args.x = in;
-    // No window of the pool holds the last row or column of an odd map: its gradient is zero.
-    const bool odd = layer.below.pooled && (layer.out_h() % 2 || layer.out_w() % 2);
-    const Image image = leaves_image(i) ? staged(layer, out, layer.out_h(), layer.out_w()) : results.y;
-    if (map) {
-      const int64_t plane = (layer.out_h() + 2) * (layer.out_w() + 2) * kLine;
-      args.y = map_output(layer, out, layer.out_h(), layer.out_w());
-      torch::stable::parallel_for(0, planes(layer), 1, [&](int64_t first, int64_t stop) {
-        if (odd) std::memset(out + first * plane, 0, (stop - first) * plane);
-        for (int64_t p = first; p < stop; ++p) clear_border(out + p * plane, layer.out_h(), layer.out_w(), true, true);
-      });
-    } else {
-      if (odd) std::memset(out, 0, b.out);
-      args.y = image_output(image);
-    }
-    const Image tapped =
-        layer.tap && writes_directly(layer) ? *tap : staged(layer, shared + b.shared, layer.h, layer.w);
-    if (layer.tap) args.tap = image_output(tapped);
+    char* own = tasks.size() > 1 ? shared : tasks[0].workspace + (forward_at(i) ? b.in : b.out);
     if (i == 1 && strips()) {
-      run_strips(x, results, args, shared);
+      run_strips(tasks[0].x, tasks[0].results, images[0], own);
     } else {
-      run_layer(layer, args, shared);
+      run_layer(layers_[i], images, own);
     }
-    if (layer.tap && !writes_directly(layer)) copy_image(tapped, *tap);
-    if (layer.tap) ++tap;
-    if (map) {
-      forward = !forward;
-    } else if (last && leaves_image(i)) {
-      copy_image(image, results.y);
-    } else if (!last) {
-      Image next = image;
-      next.c = layer.cout;
-      fill(next, forward ? workspace : end - buffers(i + 1).in);
-    }
+    for (const Task& task : tasks) finish(task, i);
   }
 }
 

@@ -38,12 +38,14 @@ struct WinogradPlan {
   int64_t group, cin_blocks, groups;
   int64_t tile_rows, tile_columns;    // of the map
   int64_t chunk_rows, chunk_columns;  // into how many chunks the map is cut, down and across
+  int64_t images;                     // whose chunks follow one another; more than one only where the inputs are shared
   int64_t chunk_tiles;                // most tiles of a chunk
   bool share_weights;
   int64_t unit_chunks, unit_groups;  // chunks and groups of a unit where the inputs are shared
   int64_t band_chunks, band = 0;     // chunks that share their inputs, and which of the bands it is the turn of
 
-  int64_t chunks() const { return chunk_rows * chunk_columns; }
+  int64_t image_chunks() const { return chunk_rows * chunk_columns; }
+  int64_t chunks() const { return images * image_chunks(); }
   int64_t v_plane(int64_t blocks) const { return blocks * chunk_tiles * kWords + kSkew; }
   int64_t u_plane(int64_t blocks) const { return blocks * kWords * group + kSkew; }
   int64_t m_plane() const { return chunk_tiles * group + kSkew; }
@@ -70,10 +72,10 @@ struct WinogradPlan {
   }
 };
 
-// Chunks depend on nothing but the layer, so that those with values over kLargest are the same in every run; the number
-// of threads only says how many of the groups a unit gets.
+// Chunks depend on nothing but the layer, and not on the number of images, so that those with values over kLargest are
+// the same in every run; the number of threads only says how many of the groups a unit gets.
 inline WinogradPlan winograd_plan(int64_t h, int64_t w, int64_t cin_blocks, int64_t groups, int64_t group,
-                                  int64_t threads) {
+                                  int64_t threads, int64_t images) {
   constexpr int64_t kMostTiles = 56;
   constexpr int64_t kHalfL2 = 1 << 18;                                        // floats
   const int64_t band = std::clamp<int64_t>(threads << 19, 1 << 20, 1 << 22);  // enough for every thread to have units
@@ -81,6 +83,7 @@ inline WinogradPlan winograd_plan(int64_t h, int64_t w, int64_t cin_blocks, int6
   p.group = group;
   p.groups = groups;
   p.cin_blocks = cin_blocks;
+  p.images = 1;
   p.tile_rows = ceil_div(h, kTile);
   p.tile_columns = ceil_div(w, kTile);
   auto cut = [&p](int64_t most) {
@@ -92,6 +95,7 @@ inline WinogradPlan winograd_plan(int64_t h, int64_t w, int64_t cin_blocks, int6
   cut(std::clamp<int64_t>(kHalfL2 / (kPlanes * cin_blocks * kWords), 14, kMostTiles));
   p.share_weights = groups * kPlanes * p.u_plane(cin_blocks) <= 5 * kHalfL2 / 2 && p.chunks() >= groups;
   if (!p.share_weights) cut(kMostTiles);
+  p.images = images;
   p.unit_chunks = std::min(p.chunks(), std::max<int64_t>(1, kUnitTiles / p.chunk_tiles));
   p.band_chunks = std::max<int64_t>(1, band / (p.part_floats() * p.unit_chunks)) * p.unit_chunks;
   p.band_chunks = std::min(p.band_chunks, p.chunks());

@@ -60,6 +60,7 @@ struct Chunk {
 };
 
 inline Chunk chunk_of(const WinogradPlan& p, int64_t chunk) {
+  chunk %= p.image_chunks();
   const int64_t r = chunk / p.chunk_columns, c = chunk % p.chunk_columns;
   return {r * p.tile_rows / p.chunk_rows, (r + 1) * p.tile_rows / p.chunk_rows, c * p.tile_columns / p.chunk_columns,
           (c + 1) * p.tile_columns / p.chunk_columns};
@@ -254,15 +255,17 @@ VGG_TARGET inline void finish(const Conv3x3Args& a, const WinogradPlan& p, const
 
 // Stage one: one channel block of one part of the shared operand.
 template <class Isa>
-VGG_TARGET inline void winograd_prepare_unit(const Conv3x3Args& a, const WinogradPlan& p, int64_t unit, float* shared) {
+VGG_TARGET inline void winograd_prepare_unit(const Conv3x3Args* images, const WinogradPlan& p, int64_t unit,
+                                             float* shared) {
   const int64_t part = unit / p.cin_blocks, block = unit % p.cin_blocks;
   float* operand = shared + part * p.part_floats();
   bool large;
   if (p.share_weights) {
     const int64_t rows = block * kWords * Isa::kGroup;
-    large = transform_weights<Isa>(a, p, part, block, operand + rows, p.u_plane(p.cin_blocks));
+    large = transform_weights<Isa>(*images, p, part, block, operand + rows, p.u_plane(p.cin_blocks));
   } else {
-    large = transform_inputs<Isa>(a, p, chunk_of(p, p.band_begin() + part), block, operand);
+    const int64_t chunk = p.band_begin() + part;
+    large = transform_inputs<Isa>(images[chunk / p.image_chunks()], p, chunk_of(p, chunk), block, operand);
   }
   shared[p.parts() * p.part_floats() + unit] = large;
 }
@@ -274,11 +277,12 @@ inline bool any_large(const WinogradPlan& p, const float* shared, int64_t part) 
 
 // Stage two: a chunk and all groups, or some groups and some chunks.
 template <class Isa>
-VGG_TARGET inline void winograd_run_unit(const Conv3x3Args& a, const WinogradPlan& p, int64_t unit, const float* shared,
-                                         float* scratch) {
+VGG_TARGET inline void winograd_run_unit(const Conv3x3Args* images, const WinogradPlan& p, int64_t unit,
+                                         const float* shared, float* scratch) {
   float* m = scratch + p.local_floats();
   float* rows = m + p.m_parts() * kPlanes * p.m_plane();
   if (p.share_weights) {
+    const Conv3x3Args& a = images[unit / p.image_chunks()];
     bool large = false;
     const Chunk chunk = chunk_of(p, unit);
     for (int64_t block = 0; block < p.cin_blocks; ++block) {
@@ -302,9 +306,10 @@ VGG_TARGET inline void winograd_run_unit(const Conv3x3Args& a, const WinogradPla
     for (int64_t group = first; group < last; ++group) {
       bool& large = large_weights[group - first];
       for (int64_t b = block; b < stop; ++b) {
-        large |= transform_weights<Isa>(a, p, group, b, scratch + (b - block) * kWords * Isa::kGroup, plane);
+        large |= transform_weights<Isa>(*images, p, group, b, scratch + (b - block) * kWords * Isa::kGroup, plane);
       }
       for (int64_t c = begin; c < end; ++c, sums += p.m_parts() == 1 ? 0 : kPlanes * p.m_plane()) {
+        const Conv3x3Args& a = images[(p.band_begin() + c) / p.image_chunks()];
         const Chunk chunk = chunk_of(p, p.band_begin() + c);
         multiply<Isa>(a, p, chunk.tiles(), block, stop, shared + c * p.part_floats(), scratch, plane, sums);
         if (stop == p.cin_blocks) finish<Isa>(a, p, chunk, group, large || any_large(p, shared, c), sums, rows);
