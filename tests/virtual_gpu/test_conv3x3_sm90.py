@@ -231,7 +231,6 @@ def test_unsupported_says_why() -> None:
 # tile; or one has two whole tiles of two chunks, so that every stage is filled again, in a tile and after its end.
 MUTATED = ((320, 128, 8, 16, 2), (128, 128, 16, 32, 1))
 WAIVED = {
-    "drop bar.sync #2": "before the counter is raised all warps have stored: a CTA is one agent to other CTAs here",
     "drop mbarrier.arrive.shared #6": "a half tile is the last of its CTA, nothing is filled after it",
     "drop mbarrier.arrive.shared #7": "the same",
 }
