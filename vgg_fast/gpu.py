@@ -1,4 +1,4 @@
-"""Facts about a GPU and the software on it, its clock, and whether a CUDA graph is being captured."""
+"""What choosing and timing kernels needs of a GPU: its name and versions, its clock, whether a graph is being captured."""
 
 from __future__ import annotations
 
