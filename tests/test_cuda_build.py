@@ -92,7 +92,7 @@ def nvcc() -> Path:
 
 @pytest.fixture(scope="module")
 def library(nvcc: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The installed library, which setup.py has built by the same script; where its sources are newer, one built now."""
+    """The installed library, which the same script has built; where its sources are newer, one built now."""
     sources = max(path.stat().st_mtime for path in CUDA.iterdir() if path.is_file())
     installed = sorted((ROOT / "vgg_fast").glob("_C_cuda*.so"))
     if installed and installed[0].stat().st_mtime > sources:

@@ -1,4 +1,4 @@
-"""What choosing and timing kernels needs of a GPU: its name and versions, its clock, whether a graph is being captured."""
+"""What the choice of a kernel needs of a GPU: its name, versions and clock, whether a graph is being captured."""
 
 from __future__ import annotations
 
