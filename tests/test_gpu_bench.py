@@ -237,6 +237,8 @@ def test_a_batch_beyond_all_memory_says_so(tmp_path):
 def interrupt_when():
     """Ctrl-C for this process as soon as a condition holds."""
     waiting = []
+    # Shells let what they start in the background ignore Ctrl-C; Python then installs no handler of its own.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def when(condition):
         def wait():
@@ -250,6 +252,7 @@ def interrupt_when():
     yield when
     for thread in waiting:
         thread.join(timeout=1)
+    signal.signal(signal.SIGINT, before)
 
 
 def test_ctrl_c_keeps_a_partial_report(tmp_path, interrupt_when):
