@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from test_conv_stack import native_dtype
+from test_conv_stack import Chain, native_dtype
 from torch import Tensor
 
 from vgg_fast import selection, testing
@@ -17,19 +17,6 @@ from vgg_fast.reference import Step
 ops = torch.ops.vgg_fast
 KERNELS = selection.cpu_kernels()
 RELU, POOL, NONE = Step.RELU, Step.POOL, Step.NONE
-
-
-@dataclass(frozen=True)
-class Chain:
-    """channels[0] -> channels[1] -> ... at h x w, and why."""
-
-    name: str
-    channels: tuple[int, ...]
-    h: int
-    w: int
-    program: tuple[int, ...]
-    why: str
-
 
 CHAINS = (
     Chain("vgg", (3, 32, 48, 64), 12, 20, (RELU, RELU | POOL, RELU | POOL), "as in a VGG, also for Winograd"),
