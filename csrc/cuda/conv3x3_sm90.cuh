@@ -27,6 +27,7 @@
 
 #include "conv3x3_sm90_cuda.h"
 #include "numeric.cuh"
+#include "ptx.cuh"
 #include "ptx_sm90.cuh"
 
 namespace vgg_fast::cuda::sm90 {
@@ -348,7 +349,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     conv3x3_sm90_kernel(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap weight,
                         const Task t) {
   extern __shared__ __align__(1024) uint8_t memory[];  // all there is: it starts where the shared memory does
-  const Shared shared{ptx90::shared_address(memory)};
+  const Shared shared{ptx::shared_address(memory)};
   if (threadIdx.x == 0) {
     for (int i = 0; i < kPixelStages; ++i) {
       ptx90::mbarrier_init(shared.pixels_full(i), 1);

@@ -11,10 +11,6 @@
 
 namespace vgg_fast::cuda::ptx90 {
 
-__device__ inline uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
 // mbarriers are named by their addresses in shared memory.
 
 __device__ inline void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
