@@ -168,7 +168,7 @@ def rows_of(cubin: bytes, kernel: str, sm: int) -> Iterator[dict[str, Any]]:
         file.write(cubin)
         file.flush()
         usage = run("cuobjdump", "-elf", "-res-usage", file.name)
-        listing = run("nvdisasm", "-c", file.name)
+        listing = run("nvdisasm", "-ndf", "-c", file.name)  # its dataflow analysis, a third of the time, adds nothing
     for text in listing.split("\n.text.")[1:]:
         name, body = text.split(":", 1)
         resources = re.search(rf"Function {re.escape(name)}:\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
