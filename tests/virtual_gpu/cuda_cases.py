@@ -5,14 +5,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import shutil
-import subprocess
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tests.compiled import compiled
 from tests.virtual_gpu.cases import CUDA, DTYPES, ROOT, Maxpool2x2Args, channels_last, nvcc_ptx
 from tests.virtual_gpu.launch import launch, ptx_entry
 
@@ -52,12 +50,9 @@ def planner() -> ctypes.CDLL:
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         raise FileNotFoundError("no C++ compiler on the PATH to compile csrc/cuda/conv3x3_plan.cpp with")
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "plan.so"
-        sources = [CUDA / "conv3x3_plan.cpp", ROOT / "tests" / "cuda_on_host" / "plan.cpp"]
-        options = ["-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-I", str(CUDA)]
-        subprocess.run([compiler, *options, *map(str, sources), "-o", str(library)], check=True)
-        loaded = ctypes.CDLL(str(library))
+    sources = [CUDA / "conv3x3_plan.cpp", ROOT / "tests" / "cuda_on_host" / "plan.cpp"]
+    options = ["-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-I", str(CUDA)]
+    loaded = ctypes.CDLL(str(compiled([compiler, *options, *sources], [*sources, *CUDA.glob("*.h")], ".so")))
     loaded.mma_unsupported_for.restype = ctypes.c_char_p
     return loaded
 
