@@ -21,7 +21,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vgg_fast import gpu_facts, library, testing
+from vgg_fast import library, testing
+from vgg_fast.gpu import facts as gpu_facts
 
 # Their threads wait for each other: they run on the virtual GPU (virtual_gpu/test_cuda_*.py), not thread by thread.
 TENSOR_CORES = ("block1.cu", "conv3x3_mma.cu", "conv3x3_sm90.cu")

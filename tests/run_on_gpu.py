@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from vgg_fast import gpu_facts
+from vgg_fast.gpu import facts as gpu_facts
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORTS = ROOT / "build"

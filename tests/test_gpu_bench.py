@@ -16,11 +16,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from vgg_fast import contest, gpu_facts, gpu_peers, measure, parity_report, peers, report, roofline
+from vgg_fast.bench import contest, gpu_peers, measure, peers, report, roofline
+from vgg_fast.bench.peers import GRAPH, OURS
 from vgg_fast.cli import app
 from vgg_fast.cli.bench import Measured
-from vgg_fast.peers import GRAPH, OURS
-from vgg_fast.verdicts import Row
+from vgg_fast.gpu import facts as gpu_facts
+from vgg_fast.verify import report as parity_report
+from vgg_fast.verify.verdicts import Row
 
 CPU = torch.device("cpu")
 TINY = peers.Layer("tiny", 16, 32, 12, True)

@@ -8,9 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vgg_fast import gpu_facts, peers, reference, selection, testing
-from vgg_fast.verdicts import Row
-from vgg_fast.verify import Interrupted, Ops, Unavailable, kernels, verify
+from vgg_fast import reference, selection, testing
+from vgg_fast.bench import peers
+from vgg_fast.gpu import facts as gpu_facts
+from vgg_fast.verify.checks import Interrupted, Ops, Unavailable, kernels, verify
+from vgg_fast.verify.verdicts import Row
 
 SHAPES = [testing.shape(name) for name in ("rgb_odd", "one_row", "two")]
 GOOD = Ops()

@@ -17,8 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-from vgg_fast import gpu_facts, library, selection
-from vgg_fast.peers import DTYPES
+from vgg_fast import library, selection
+from vgg_fast.bench.peers import DTYPES
+from vgg_fast.gpu import facts as gpu_facts
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -15,9 +15,12 @@ import torch
 import typer
 from rich.table import Table
 
-from vgg_fast import contest, gpu_facts, gpu_peers, measure, peers, plots, roofline
-from vgg_fast import report as html_report
 from vgg_fast.accelerate import accelerate
+from vgg_fast.bench import contest, gpu_peers, measure, peers, plots, roofline
+from vgg_fast.bench import report as html_report
+from vgg_fast.bench.contest import Contest
+from vgg_fast.bench.peers import EAGER, OURS
+from vgg_fast.bench.roofline import Ceilings
 from vgg_fast.cli._ui import (
     FAILED,
     UserError,
@@ -41,9 +44,7 @@ from vgg_fast.cli._ui import (
     user_errors,
     write_text,
 )
-from vgg_fast.contest import Contest
-from vgg_fast.peers import EAGER, OURS
-from vgg_fast.roofline import Ceilings
+from vgg_fast.gpu import facts as gpu_facts
 
 
 @dataclass(frozen=True)

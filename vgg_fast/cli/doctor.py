@@ -19,9 +19,12 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from vgg_fast import __version__, gpu_facts, library, measure, selection, tuning, winners
+from vgg_fast import __version__, library, selection
+from vgg_fast.bench import measure
+from vgg_fast.bench.peers import DTYPES
 from vgg_fast.cli._ui import FAILED, command, dtype_name, print_json, progress, show
-from vgg_fast.peers import DTYPES
+from vgg_fast.gpu import facts as gpu_facts
+from vgg_fast.gpu import tuning, winners
 
 OK, ABSENT, PROBLEM = "ok", "absent", "problem"
 _COLOURS = {OK: "green", ABSENT: "yellow", PROBLEM: "bold red"}

@@ -12,8 +12,7 @@ import torch
 import typer
 from rich.table import Table
 
-from vgg_fast import gpu_facts, measure, parity_report, peers
-from vgg_fast import verify as checks
+from vgg_fast.bench import measure, peers
 from vgg_fast.cli._ui import (
     FAILED,
     Bar,
@@ -33,7 +32,10 @@ from vgg_fast.cli._ui import (
     user_errors,
     write_text,
 )
-from vgg_fast.verdicts import Row
+from vgg_fast.gpu import facts as gpu_facts
+from vgg_fast.verify import checks
+from vgg_fast.verify import report as parity_report
+from vgg_fast.verify.verdicts import Row
 
 _COLOURS = {"ok": "green", "MISS": "bold red", "no memory": "yellow", "not here": "dim"}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 
 
 def capturing(device: torch.device) -> bool:
@@ -20,7 +20,7 @@ def capturing(device: torch.device) -> bool:
 
 
 def clock(device: torch.device) -> Callable[[Callable[[], object], int], float]:
-    """A clock for :func:`vgg_fast.tuning.contest`: CUDA events on the current stream, around calls made back to back.
+    """A clock for :func:`vgg_fast.gpu.tuning.contest`: CUDA events on the current stream, around calls back to back.
 
     So a call counts for as long as the GPU or the CPU needs, whichever is longer: what a user sees of it.
     """

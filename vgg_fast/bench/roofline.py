@@ -14,7 +14,8 @@ from functools import partial
 
 import torch
 
-from vgg_fast import gpu_facts, measure
+from vgg_fast.bench import measure
+from vgg_fast.gpu import facts as gpu_facts
 
 
 @dataclass(frozen=True)

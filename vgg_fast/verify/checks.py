@@ -15,11 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vgg_fast import gpu_facts, library, ops, reference, selection, testing
-from vgg_fast.peers import Layer
+from vgg_fast import library, ops, reference, selection, testing
+from vgg_fast.bench.peers import Layer
+from vgg_fast.gpu import facts as gpu_facts
 from vgg_fast.reference import Step
-from vgg_fast.verdicts import FORMATS, DeviceLost, Problem, Row
-from vgg_fast.verify_layers import Network
+from vgg_fast.verify.layers import Network
+from vgg_fast.verify.verdicts import FORMATS, DeviceLost, Problem, Row
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
