@@ -93,25 +93,29 @@ def main() -> None:
     torch.set_num_threads(1)
     every = [(layer.cin, layer.cout, layer.pool, layer.size) for layer in layers()]
     problems = [(cin, cout, size, pool) for cin, cout, pool, size in every if cin % 64 == 0]
-    print(
-        "batch  layer                    rows: whole + half / split   H100 us  H200 us  roofline  L2 / 128x128 256x128"
-    )
+    line = "{:5}  {:22} {:26} {:>9} {:>9} {:>9} {:>12} {:>12}"
+    titles = "rows: whole + half / split", "H100 us", "H200 us", "roofline", "L2 / 128x128", "L2 / 256x128"
+    print(line.format("batch", "layer", *titles))
     for batch in options.batch:
         sums = [0.0, 0.0, 0.0]
         for problem in problems:
             h100, h200 = (predicted(batch, *problem, GPUS[gpu]) for gpu in ("H100", "H200"))
             sums = [a + b for a, b in zip(sums, (h100.seconds, h200.seconds, h100.seconds * h100.share), strict=True)]
             cin, cout, size, pool = problem
-            name = f"{cin}->{cout} {size}x{size}{' pool' if pool else ''}"
             cut = h100.cut
-            plan = f"{cut.rows}: {cut.whole} + {cut.items - cut.whole} / {cut.split}"
-            relative = [h100.l2 / implicit_gemm(batch, cin, cout, size, pool, tile) for tile in (128, 256)]
-            times_us = f"{h100.seconds * 1e6:9.1f}{h200.seconds * 1e6:9.1f}"
             print(
-                f"{batch:5}  {name:24} {plan:24}{times_us} {h100.share:9.2f} {relative[0]:12.2f} {relative[1]:7.2f}",
+                line.format(
+                    batch,
+                    f"{cin}->{cout} {size}x{size}{' pool' if pool else ''}",
+                    f"{cut.rows}: {cut.whole} + {cut.items - cut.whole} / {cut.split}",
+                    *(f"{row.seconds * 1e6:.1f}" for row in (h100, h200)),
+                    f"{h100.share:.2f}",
+                    *(f"{h100.l2 / implicit_gemm(batch, *problem, tile):.2f}" for tile in (128, 256)),
+                ),
                 flush=True,
             )
-        print(f"{batch:5}  {'all of them':49}{sums[0] * 1e6:9.1f}{sums[1] * 1e6:9.1f} {sums[2] / sums[0]:9.2f}")
+        total = (f"{seconds * 1e6:.1f}" for seconds in sums[:2])
+        print(line.format(batch, "all of them", "", *total, f"{sums[2] / sums[0]:.2f}", "", ""))
 
 
 if __name__ == "__main__":
