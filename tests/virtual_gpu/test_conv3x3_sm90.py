@@ -254,8 +254,8 @@ def test_unsupported_says_why() -> None:
 
 
 # A mutant must not live in all of these: (cin, cout, h, w, multiprocessors). Two CTAs share the two chunks of a half
-# tile, which is done quickly and kills most; one has two whole tiles of two chunks, so that every stage is filled again,
-# in a tile and after its end; two share the five chunks of a half tile.
+# tile, which is done quickly and kills most; one has two whole tiles of two chunks, so that every stage is filled
+# again, in a tile and after its end; two share the five chunks of a half tile.
 MUTATED = ((128, 64, 14, 16, 2), (128, 64, 28, 32, 1), (320, 64, 14, 16, 2))
 WAIVED = {
     "drop mbarrier.arrive.shared #6": "a half tile is the last of its CTA, nothing is filled after it",
