@@ -15,18 +15,18 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import define, impl, register_fake
+from torch.library import register_fake
 
 from vgg_fast import fold, selection
+from vgg_fast.ops._declare import define, fallback
 
 define(
     "vgg_fast::pack",
     "(Tensor weight, Tensor? bias, Tensor? bn_mean, Tensor? bn_var, Tensor? bn_weight, Tensor? bn_bias, "
     "float bn_eps, str kernel) -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
 )
 
-define("vgg_fast::pack_transposed", "(Tensor weight, str kernel) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+define("vgg_fast::pack_transposed", "(Tensor weight, str kernel) -> Tensor")
 
 
 @register_fake("vgg_fast::pack")
@@ -48,6 +48,7 @@ def _fake(
     return weight.new_empty((words,), dtype=torch.int32), affine
 
 
+@fallback("vgg_fast::pack")
 def _python(
     weight: Tensor,
     bias: Tensor | None,
@@ -70,13 +71,7 @@ def _fake_transposed(weight: Tensor, kernel: str) -> Tensor:
     return _fake(weight.transpose(0, 1), None, None, None, None, None, 0.0, kernel)[0]
 
 
+@fallback("vgg_fast::pack_transposed")
 def _transposed(weight: Tensor, kernel: str) -> Tensor:
     turned = weight.flip(2, 3).transpose(0, 1)
     return _python(turned, None, None, None, None, None, 0.0, kernel)[0]
-
-
-def register(keys: list[str]) -> None:
-    """Puts the Python implementation behind these dispatch keys."""
-    for key in keys:
-        impl("vgg_fast::pack", key)(_python)
-        impl("vgg_fast::pack_transposed", key)(_transposed)
