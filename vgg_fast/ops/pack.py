@@ -13,6 +13,8 @@ that of the input: Cin and Cout change places, and the taps are in reverse.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.library import register_fake
@@ -30,16 +32,8 @@ define("vgg_fast::pack_transposed", "(Tensor weight, str kernel) -> Tensor")
 
 
 @register_fake("vgg_fast::pack")
-def _fake(
-    weight: Tensor,
-    bias: Tensor | None,
-    bn_mean: Tensor | None,
-    bn_var: Tensor | None,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    bn_eps: float,
-    kernel: str,
-) -> tuple[Tensor, Tensor]:
+def _fake(weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    kernel = others[-1]
     cout, cin = weight.shape[:2]
     affine = weight.new_empty((2, cout), dtype=torch.float32)
     if kernel not in selection.cpu_kernels():
@@ -68,7 +62,7 @@ def _python(
 
 @register_fake("vgg_fast::pack_transposed")
 def _fake_transposed(weight: Tensor, kernel: str) -> Tensor:
-    return _fake(weight.transpose(0, 1), None, None, None, None, None, 0.0, kernel)[0]
+    return _fake(weight.transpose(0, 1), kernel)[0]
 
 
 @fallback("vgg_fast::pack_transposed")
