@@ -9,9 +9,9 @@ import torch
 from stacks import changed, stack
 from torch import Tensor, nn
 
+from vgg_fast import gpu
 from vgg_fast.container import choice
 from vgg_fast.container.chains import Plan
-from vgg_fast.gpu import device as gpu
 from vgg_fast.gpu.tuning import Place, Question, Tuner, Verdict
 from vgg_fast.gpu.winners import Winners
 

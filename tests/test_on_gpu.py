@@ -10,13 +10,12 @@ import torch
 from torch import nn
 
 from tests import run_on_gpu
-from vgg_fast import selection, testing
+from vgg_fast import gpu, selection, testing
 from vgg_fast.accelerate import accelerate
 from vgg_fast.bench import contest, gpu_peers, peers
-from vgg_fast.gpu import facts as gpu_facts
 from vgg_fast.verify.checks import verify
 
-LACKING = gpu_facts.lacking()
+LACKING = gpu.lacking()
 
 
 @pytest.fixture

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vgg_fast import fold, testing
+from vgg_fast import fold, gpu, testing
 from vgg_fast.bench import measure, peers
 from vgg_fast.bench.measure import Timing
 from vgg_fast.bench.peers import CHANNELS_LAST, EAGER, OURS, Agreement, Contestant, Layer
-from vgg_fast.gpu import facts as gpu_facts
 
 
 class Disagreement(Exception):
@@ -133,7 +132,7 @@ def precision_name(dtype: torch.dtype, device: torch.device = _CPU) -> str:
     """
     short = next((name for name, value in peers.DTYPES.items() if value is dtype), str(dtype))
     if device.type == "cuda":
-        return gpu_facts.float32_name() if dtype == torch.float32 else short
+        return gpu.float32_name() if dtype == torch.float32 else short
     setting = torch.get_float32_matmul_precision()
     return f"{short} {setting}" if dtype == torch.float32 and setting != "highest" else short
 

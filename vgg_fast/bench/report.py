@@ -25,7 +25,7 @@ class Results:
         ceilings: of this machine, or None.
         measured: ceilings measured on a GPU whose ``ceilings`` are its data sheet's.
         launches: of :meth:`vgg_fast.bench.contest.Contest.launches`.
-        clocks: per problem what :class:`vgg_fast.gpu.facts.Clocks` says, with ``problem`` and ``precision``.
+        clocks: per problem what :class:`vgg_fast.gpu.Clocks` says, with ``problem`` and ``precision``.
         left_out: (contestant, problem, reason).
         failures: problems that were not timed because our answer was wrong.
         command: that made the report.

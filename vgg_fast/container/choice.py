@@ -10,9 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vgg_fast import selection
+from vgg_fast import gpu, selection
 from vgg_fast.container.chains import Chain
-from vgg_fast.gpu import device as gpu
 from vgg_fast.gpu.tuning import Clock, Place, Question, Tuner, Verdict, disagreement, enabled, untimed
 from vgg_fast.gpu.winners import Winners, default_folder
 from vgg_fast.ops._layout import suggests_channels_last
@@ -26,7 +25,7 @@ class Device(NamedTuple):
     Attributes:
         place: its name, capability and software.
         candidates: the kernels that can run a dtype on it.
-        clock: see :func:`vgg_fast.gpu.device.clock`.
+        clock: see :func:`vgg_fast.gpu.clock`.
         capturing: whether a CUDA graph is being captured.
     """
 

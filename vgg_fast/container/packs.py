@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from vgg_fast import selection
+from vgg_fast import gpu, selection
 from vgg_fast.container.chains import Chain, Sources
-from vgg_fast.gpu import device as gpu
 from vgg_fast.locks import ForkLock
 from vgg_fast.ops._layout import suggests_channels_last
 

@@ -1,4 +1,4 @@
-"""What the choice of a kernel needs of a GPU: its name, versions and clock, whether a graph is being captured."""
+"""The GPU of this machine: why there is none, what it is, and which software drives it."""
 
 from __future__ import annotations
 
@@ -6,36 +6,76 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from vgg_fast.gpu.nvidia_smi import driver_version
 
 _PACKAGE = Path(__file__).parents[1]
 
 
-def capturing(device: torch.device) -> bool:
-    """Whether what is queued on this device now goes into a CUDA graph: nothing may wait for the device then."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+def lacking() -> str | None:
+    """Why nothing runs on a CUDA device here, in one sentence with what to do; None where something does.
 
-
-def clock(device: torch.device) -> Callable[[Callable[[], object], int], float]:
-    """A clock for :func:`vgg_fast.gpu.tuning.contest`: CUDA events on the current stream, around calls back to back.
-
-    So a call counts for as long as the GPU or the CPU needs, whichever is longer: what a user sees of it.
+    Example:
+        >>> lacking() is None or "CUDA" in lacking()
+        True
     """
+    error = None
+    if torch.version.cuda is not None:
+        try:
+            torch.cuda.init()
+        except (RuntimeError, AssertionError) as reason:
+            error = str(reason)
+    return explain_lack(torch.version.cuda, torch.version.hip, error)
 
-    def seconds(call: Callable[[], object], repeats: int) -> float:
-        stream = torch.cuda.current_stream(device)
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record(stream)
-        for _ in range(repeats):
-            call()
-        end.record(stream)
-        end.synchronize()
-        return start.elapsed_time(end) * 1e-3 / repeats
 
-    return seconds
+def explain_lack(cuda: str | None, hip: str | None, error: str | None) -> str | None:
+    """:func:`lacking` from what PyTorch says of itself.
+
+    Args:
+        cuda, hip: ``torch.version.cuda`` and ``torch.version.hip``.
+        error: what ``torch.cuda.init()`` raised, or None.
+
+    Example:
+        >>> explain_lack("13.0", None, "No CUDA GPUs are available")
+        'no CUDA device: there is a driver, but it shows no GPU; look at nvidia-smi and at CUDA_VISIBLE_DEVICES'
+    """
+    if hip is not None:
+        return f"no CUDA device: this PyTorch is a build for AMD GPUs (ROCm {hip}), the GPU kernels are for NVIDIA's"
+    if cuda is None:
+        return "no CUDA device: this PyTorch is a build without CUDA; install one with it (pip install torch, on Linux)"
+    if error is None:
+        return None
+    if "no NVIDIA driver" in error:
+        return "no CUDA device: there is no NVIDIA driver on this machine; install it, then nvidia-smi shows the GPU"
+    if "driver" in error and "too old" in error:
+        return f"no CUDA device: the NVIDIA driver is too old for this PyTorch's CUDA {cuda}; install a newer driver"
+    if "No CUDA GPUs" in error:
+        return "no CUDA device: there is a driver, but it shows no GPU; look at nvidia-smi and at CUDA_VISIBLE_DEVICES"
+    return f"no CUDA device: CUDA {cuda} does not start: {error.splitlines()[0]}"
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """What a number measured on ``device`` means nothing without; empty for the CPU, which measure.machine() has."""
+    if device.type != "cuda":
+        return {}
+    found = torch.cuda.get_device_properties(device)
+    free, total = torch.cuda.mem_get_info(device)
+    return {
+        "gpu": found.name,
+        "capability": f"{found.major}.{found.minor}",
+        "multiprocessors": found.multi_processor_count,
+        "gpu_memory_gb": round(total / 1e9, 1),
+        "gpu_memory_free_gb": round(free / 1e9, 1),
+        "l2_mb": round(getattr(found, "L2_cache_size", 0) / 2**20, 1),
+        "driver": driver_version(device),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "triton": _triton() or None,
+    }
 
 
 @functools.cache
@@ -55,10 +95,6 @@ def versions() -> tuple[tuple[str, str], ...]:
         >>> [name for name, _ in versions()]
         ['torch', 'cuda', 'triton', 'kernels']
     """
-    try:
-        triton = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        triton = ""
     kernels = hashlib.sha256()
     package = importlib.util.find_spec("vgg_fast.kernels")  # elsewhere than we are in an editable installation
     for folder in (package.submodule_search_locations or ()) if package else ():
@@ -70,6 +106,14 @@ def versions() -> tuple[tuple[str, str], ...]:
     return (
         ("torch", torch.__version__),
         ("cuda", str(torch.version.cuda)),
-        ("triton", triton),
+        ("triton", _triton()),
         ("kernels", kernels.hexdigest()[:16]),
     )
+
+
+def _triton() -> str:
+    """Its version; empty where it is not installed."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
