@@ -1,9 +1,9 @@
 // conv3x3 for sm_90a: wgmma straight from a halo tile that TMA copies, with warp specialisation.
 //
-//              +- parallel: CTA ------------------+- parallel: CTA -+- sequential --------------------------+
-//   one tile:  | 4 (or 2) blocks of kRows x 8     | 64 of cout      | cin in chunks of 64, 9 taps, 4 k-steps |
-//              |                     pixels       |                 |                                       |
-//              +- consumer -- mma, n = 8 * kRows -+- mma, m64 ------+------------------------------- mma, k16 +
+//              +- parallel: CTA ------------------+- parallel: CTA -+- sequential ----------------+
+//   one tile:  | 4 (or 2) blocks of kRows x 8     | 64 of cout      | cin in chunks of 128 bytes, |
+//              |                     pixels       |                 | 9 taps, 4 k-steps           |
+//              +- consumer -- mma, n = 8 * kRows -+- mma, m64 ------+-------------- mma, 32 bytes +
 //
 // A CTA takes item after item of the plan (conv3x3_sm90_cuda.h). One thread of the producer warpgroup copies: for each
 // chunk the halos of the blocks, (kRows + 2) x 10 pixels, for each tap of it the weights, each into a ring of its own.
@@ -15,13 +15,16 @@
 // channels: with a halo, a pixel costs the L2 little more for 64 channels than for 128, and weights are what is left.
 //
 // In shared memory a halo is
-//   [halo row kRows + 2][halo column 10][64 channels]     one pixel is 128 bytes, its 16-byte units swizzled
+//   [halo row kRows + 2][halo column 10][channels of a chunk]     of a pixel 128 bytes, their 16-byte units swizzled
 // so 8 neighbouring pixels are the 8 rows of a core matrix, the next row of the block lies 10 pixels further, and a tap
 // is the start moved by kh * 10 + kw pixels. Each pixel is copied once (1.4 times, with the halos) and not nine times.
 // The start of an operand is then not that of its swizzle's pattern, of 1024 bytes. PTX ISA 9.7.15.5.1.2.2 asks of the
 // descriptor's base offset that it tell where the *pattern* starts: at a multiple of 1024 bytes, so it is 0; the bits
 // of an address alone decide how it is swizzled, as they do when TMA writes. No example shows it. Where a GPU
 // disagrees, the self test finds out.
+//
+// fp32 is multiplied as tf32: wgmma reads the upper 19 bits of what TMA has copied, so operands are cut off, not
+// rounded.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -33,10 +36,10 @@
 
 namespace vgg_fast::cuda::sm90 {
 
-constexpr int kWidth = kSm90Width, kHalo = kWidth + 2, kColumns = kSm90Columns, kChunk = kSm90Channels;
+constexpr int kWidth = kSm90Width, kHalo = kWidth + 2, kColumns = kSm90Columns;
 constexpr int kConsumers = 2, kThreads = 128 * (kConsumers + 1);
-constexpr int kPixel = 2 * kChunk, kPattern = 8 * kPixel;  // bytes: a pixel's chunk, what repeats under the swizzle
-constexpr int kWeightBytes = kColumns * kChunk * 2;
+constexpr int kPixel = kSm90Chunk, kPattern = 8 * kPixel;  // bytes: a pixel's chunk, what repeats under the swizzle
+constexpr int kWeightBytes = kColumns * kPixel;
 constexpr int kMostShared = 227 * 1024;
 
 // Shared memory for blocks of so many rows: halos, weights, mbarriers, a flag.
@@ -56,6 +59,9 @@ static_assert(Layout<14>::kBytes == 229552 && Layout<16>::kBytes == 229504);
 // 64 accumulators for each of two blocks; 24 * 128 + 240 * 256 = 168 * 384, what the launch bounds leave to a thread.
 constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 
+template <typename T>
+constexpr int kChunk = kPixel / sizeof(T);  // channels
+
 // A problem and its plan as the kernel takes them; shapes of the tensors as in Sm90Args.
 struct Task {
   const float* affine;
@@ -74,16 +80,16 @@ struct Item {
   int begin, end;     // channels
   int tile, part;     // of those whose sum is shared
 
-  __device__ Item(const Task& t, int item) : whole(item < t.whole) {
+  __device__ Item(const Task& t, int item, int chunk) : whole(item < t.whole) {
     const int columns = t.cout / kColumns, rest = item - t.whole;
     tile = rest / t.split;
     part = rest % t.split;
     const int at = whole ? item : tile, row = at / columns;
     block = whole ? row * kSm90Whole : t.whole / columns * kSm90Whole + row * kSm90Half;
     column = at % columns * kColumns;
-    const int chunks = t.cin / kChunk, each = whole ? chunks : (chunks + t.split - 1) / t.split;
-    begin = whole ? 0 : part * each * kChunk;
-    end = min(begin + each * kChunk, t.cin);
+    const int chunks = t.cin / chunk, each = whole ? chunks : (chunks + t.split - 1) / t.split;
+    begin = whole ? 0 : part * each * chunk;
+    end = min(begin + each * chunk, t.cin);
   }
 };
 
@@ -142,15 +148,15 @@ struct Rings {
   Ring<Layout<kRows>::kWeightStages> weights;
 };
 
-template <int kRows>
+template <typename T, int kRows>
 __device__ void produce(const CUtensorMap& x, const CUtensorMap& weight, const Task& t, Shared<kRows> shared) {
   using L = Layout<kRows>;
   Rings<kRows> rings;
   auto& [pixels, weights] = rings;
   for (int i = blockIdx.x; i < t.items; i += gridDim.x) {
-    const Item item(t, i);
+    const Item item(t, i, kChunk<T>);
     const int count = item.whole ? kSm90Whole : kSm90Half;
-    for (int channel = item.begin; channel < item.end; channel += kChunk) {
+    for (int channel = item.begin; channel < item.end; channel += kChunk<T>) {
       ptx90::mbarrier_wait(shared.pixels_empty(pixels.stage), pixels.parity ^ 1);
       ptx90::mbarrier_arrive_expect(shared.pixels_full(pixels.stage), count * L::kCopied);
 #pragma unroll 1
@@ -172,94 +178,123 @@ __device__ void produce(const CUtensorMap& x, const CUtensorMap& weight, const T
   }
 }
 
-// A thread's accumulators of a block are of two output channels, 16 * warp + 4 * (lane / 8) + lane / 4 % 2, and that +
-// 2 (so the weights lie, see encode_weights):
-//   sums[4 * y + 2 * s + e] is of pixel (y, 2 * (lane % 4) + e) and the channel + 2 * s
-// Eight lanes have eight channels of the same pixel, two bytes each. movmatrix turns 8 x 8 of them around: then a
-// thread has four neighbouring channels of one pixel, and four lanes fill a sector.
+// A thread's accumulators of a block: sums[4 * y + 2 * s + e] is of pixel (y, 2 * (lane % 4) + e), and of row 8 * s +
+// lane / 4 of the warp's 16 rows of weights. So a warp has matrices of 8 rows by 8 pixels, a channel a row, and for
+// full sectors 8 neighbouring channels of a pixel must be stored at once.
+//   fp32: they are 32 bytes, in eight lanes. Row 8 * s + r is channel 8 * s + r.
+//   16 bits: movmatrix turns a matrix around, and a thread has two channels of one pixel. Row 8 * s + 2 * r + e is
+//   channel
+//            4 * r + 2 * s + e, so the two of the other s are their neighbours: 8 bytes a thread, 32 in four lanes.
+// (encode_weights has it so.)
+template <typename T>
+constexpr bool kTurned = sizeof(T) == 2;
+
 struct Affine {
   float scale[2], shift[2], floor;
 
-  __device__ Affine(const Task& t, int column, int warp, int lane) : floor(t.floor) {
-    const float* at = t.affine + column + 16 * warp + 4 * (lane / 8);
-    const bool odd = lane / 4 % 2;
-    // All four, of which two are wanted: full sectors.
-    const float4 scales = __ldg(reinterpret_cast<const float4*>(at));
-    const float4 shifts = __ldg(reinterpret_cast<const float4*>(at + t.cout));
-    scale[0] = odd ? scales.y : scales.x;
-    scale[1] = odd ? scales.w : scales.z;
-    shift[0] = odd ? shifts.y : shifts.x;
-    shift[1] = odd ? shifts.w : shifts.z;
+  // Of the channels of a thread's rows, s = 0 and 1.
+  template <typename T>
+  static __device__ Affine of(const Task& t, int column, int warp, int lane) {
+    Affine a;
+    a.floor = t.floor;
+    const float* scale = t.affine + column + 16 * warp;
+    const float* shift = scale + t.cout;
+    if constexpr (kTurned<T>) {  // four values, of which two are wanted: full sectors
+      const bool odd = lane / 4 % 2;
+      const float4 scales = __ldg(reinterpret_cast<const float4*>(scale + lane / 8 * 4));
+      const float4 shifts = __ldg(reinterpret_cast<const float4*>(shift + lane / 8 * 4));
+      a.scale[0] = odd ? scales.y : scales.x;
+      a.scale[1] = odd ? scales.w : scales.z;
+      a.shift[0] = odd ? shifts.y : shifts.x;
+      a.shift[1] = odd ? shifts.w : shifts.z;
+    } else {
+#pragma unroll
+      for (int s = 0; s < 2; ++s) {
+        a.scale[s] = __ldg(scale + 8 * s + lane / 4);
+        a.shift[s] = __ldg(shift + 8 * s + lane / 4);
+      }
+    }
+    return a;
   }
 
-  // scale * sum + shift, or `floor` where that is less (not where it is NaN), of two columns of the 8 x 8.
+  // scale * sum + shift, or `floor` where that is less (not where it is NaN).
+  __device__ float apply(float sum, int s) const {
+    const float y = fmaf(sum, scale[s], shift[s]);
+    return y < floor ? floor : y;
+  }
+
+  // The same of two columns of a matrix, rounded.
   template <typename T>
-  __device__ uint32_t apply(float left, float right, int s) const {
-    float y[2] = {fmaf(left, scale[s], shift[s]), fmaf(right, scale[s], shift[s])};
-#pragma unroll
-    for (float& value : y) value = value < floor ? floor : value;
+  __device__ uint32_t pair(const float (&sums)[2], int s) const {
+    const float left = apply(sums[0], s), right = apply(sums[1], s);
     using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
-    Pair pair;
+    Pair both;
     if constexpr (std::is_same_v<T, __half>)
-      pair = __floats2half2_rn(y[0], y[1]);
+      both = __floats2half2_rn(left, right);
     else
-      pair = __floats2bfloat162_rn(y[0], y[1]);
-    return *reinterpret_cast<const uint32_t*>(&pair);
+      both = __floats2bfloat162_rn(left, right);
+    return *reinterpret_cast<const uint32_t*>(&both);
   }
 };
 
-// The four channels that a thread stores, from the place of the image's first pixel on. `pairs` hold two columns of
-// channel s each, of the 8 x 8 whose row lane / 4 this thread then has.
-template <typename T>
-__device__ void store_channels(T* map, int64_t pixel, bool inside, int cout, const uint32_t (&pairs)[2]) {
-  const uint2 channels = make_uint2(ptx90::transpose8x8(pairs[0]), ptx90::transpose8x8(pairs[1]));
-  if (inside) *reinterpret_cast<uint2*>(map + pixel * cout) = channels;
-}
-
-template <typename T>
-__device__ T* channels_of(const Task& t, void* map, int column, int warp, int lane) {
-  return static_cast<T*>(map) + column + 16 * warp + 4 * (lane % 4);
-}
-
-template <typename T, int kRows>
-__device__ void store_pixels(const Task& t, const Block<kRows>& block, int column, int warp, int lane,
-                             const Affine& affine, const float (&sums)[4 * kRows]) {
-  const int x = block.x + lane / 4;
-  const bool inside = block.n < t.n && x < t.w;
-  T* map = channels_of<T>(t, t.out, column, warp, lane);
-  int64_t pixel = (static_cast<int64_t>(block.n) * t.h + block.y) * t.w + x;
+// Stores the matrices of both s. sums: of columns 2 * (lane % 4) and that + 1; place(column): how many pixels behind
+// `at` it lies, or -1 if outside; at: the warp's first channel there.
+template <typename T, typename Place>
+__device__ void store_columns(T* at, int cout, int lane, const Affine& affine, const float (&sums)[2][2], Place place) {
+  if constexpr (kTurned<T>) {
+    const uint2 channels =
+        make_uint2(ptx90::transpose8x8(affine.pair<T>(sums[0], 0)), ptx90::transpose8x8(affine.pair<T>(sums[1], 1)));
+    const int pixel = place(lane / 4);
+    // Of an assignment the compiler makes two stores, of half sectors.
+    if (pixel >= 0)
+      __stwb(reinterpret_cast<uint2*>(at + static_cast<int64_t>(pixel) * cout + 4 * (lane % 4)), channels);
+  } else {
 #pragma unroll
-  for (int y = 0; y < kRows; ++y, pixel += t.w) {
-    const uint32_t pairs[2] = {affine.apply<T>(sums[4 * y], sums[4 * y + 1], 0),
-                               affine.apply<T>(sums[4 * y + 2], sums[4 * y + 3], 1)};
-    store_channels(map, pixel, inside && block.y + y < t.h, t.cout, pairs);
+    for (int e = 0; e < 2; ++e) {
+      const int pixel = place(2 * (lane % 4) + e);
+#pragma unroll
+      for (int s = 0; s < 2; ++s)
+        if (pixel >= 0) at[static_cast<int64_t>(pixel) * cout + 8 * s + lane / 4] = affine.apply(sums[s][e], s);
+    }
   }
 }
 
-// The same, pooled: a window is four sums of one thread. Of the 8 x 8, columns 2 * x and 2 * x + 1 are the four windows
-// of two rows of them.
 template <typename T, int kRows>
-__device__ void store_windows(const Task& t, const Block<kRows>& block, int column, int warp, int lane,
-                              const Affine& affine, const float (&sums)[4 * kRows]) {
-  const int h = t.h / 2, w = t.w / 2, x = block.x / 2 + lane / 8, odd = lane / 4 % 2;
-  const bool inside = block.n < t.n && x < w;
-  T* map = channels_of<T>(t, t.pooled, column, warp, lane);
-  int64_t pixel = (static_cast<int64_t>(block.n) * h + block.y / 2 + odd) * w + x;
+__device__ void store_pixels(const Task& t, const Block<kRows>& block, T* map, int lane, const Affine& affine,
+                             const float (&sums)[4 * kRows]) {
+  const int down = block.n < t.n ? t.h - block.y : 0, across = t.w - block.x;
+  T* at = map + ((static_cast<int64_t>(block.n) * t.h + block.y) * t.w + block.x) * t.cout;
 #pragma unroll
-  for (int y = 0; y < kRows; y += 4, pixel += 2 * w) {
-    uint32_t pairs[2];
+  for (int y = 0; y < kRows; ++y, at += static_cast<int64_t>(t.w) * t.cout) {
+    const float* row = sums + 4 * y;
+    const float columns[2][2] = {{row[0], row[1]}, {row[2], row[3]}};
+    store_columns(at, t.cout, lane, affine, columns, [&](int x) { return y < down && x < across ? x : -1; });
+  }
+}
+
+// The same, pooled: a window is four sums of one thread. Columns 2 * x and 2 * x + 1 of a matrix are the windows x of
+// two rows of them.
+template <typename T, int kRows>
+__device__ void store_windows(const Task& t, const Block<kRows>& block, T* map, int lane, const Affine& affine,
+                              const float (&sums)[4 * kRows]) {
+  const int h = t.h / 2, w = t.w / 2, top = block.y / 2, left = block.x / 2;
+  const int down = block.n < t.n ? min(h - top, kRows / 2) : 0, across = w - left;
+  T* at = map + ((static_cast<int64_t>(block.n) * h + top) * w + left) * t.cout;
 #pragma unroll
-    for (int s = 0; s < 2; ++s) {
-      float best[2] = {0.0f, 0.0f};
+  for (int y = 0; y < kRows / 2; y += 2, at += static_cast<int64_t>(2 * w) * t.cout) {
+    float best[2][2] = {};
+#pragma unroll
+    for (int s = 0; s < 2; ++s)
 #pragma unroll
       for (int e = 0; e < 2; ++e)
-        if (y + 2 * e < kRows) {
-          const float* window = sums + 4 * (y + 2 * e) + 2 * s;
-          best[e] = pool_max(pool_max(window[0], window[1]), pool_max(window[4], window[5]));
+        if (y + e < kRows / 2) {
+          const float* window = sums + 8 * (y + e) + 2 * s;
+          best[s][e] = pool_max(pool_max(window[0], window[1]), pool_max(window[4], window[5]));
         }
-      pairs[s] = affine.apply<T>(best[0], best[1], s);
-    }
-    store_channels(map, pixel, inside && y / 2 + odd < kRows / 2 && (block.y + y) / 2 + odd < h, t.cout, pairs);
+    store_columns(at, t.cout, lane, affine, best, [&](int column) {
+      const int odd = column % 2, x = column / 2;
+      return y + odd < down && x < across ? odd * w + x : -1;
+    });
   }
 }
 
@@ -271,7 +306,7 @@ __device__ void multiply(const Task& t, const Item& item, Shared<kRows> shared, 
   constexpr uint64_t kPixelMatrix = ptx90::matrix_descriptor(16, kHalo * kPixel, true);
   auto& [pixels, weights] = rings;
   uint32_t read_weights = 0, read_pixels = 0;  // the mbarriers of the stages that the products under way read
-  for (int channel = item.begin; channel < item.end; channel += kChunk) {
+  for (int channel = item.begin; channel < item.end; channel += kChunk<T>) {
     ptx90::mbarrier_wait(shared.pixels_full(pixels.stage), pixels.parity);
     const uint64_t halos = ptx90::at(kPixelMatrix, shared.pixels(pixels.stage) + kOwn * consumer * kHaloBytes);
 #pragma unroll 1
@@ -282,7 +317,7 @@ __device__ void multiply(const Task& t, const Item& item, Shared<kRows> shared, 
       const uint64_t weight = ptx90::at(kWeightMatrix, shared.weights(weights.stage));
       ptx90::wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < kChunk / 16; ++k)
+      for (int k = 0; k < kPixel / 32; ++k)
 #pragma unroll
         for (int i = 0; i < kOwn; ++i)
           ptx90::wgmma<T>(sums[i], weight + 2 * k, pixel + i * kHaloBytes / 16 + 2 * k, k > 0 || !first);
@@ -349,12 +384,14 @@ __device__ void consume(const Task& t, const Item& item, Shared<kRows> shared, i
   multiply<T>(t, item, shared, consumer, lane, rings, lead, sums);
   if constexpr (kOwn == 1)
     if (t.split > 1 && !gather(t, item, shared, sums[0])) return;
-  const Affine affine(t, item.column, warp, lane);
+  const Affine affine = Affine::of<T>(t, item.column, warp, lane);
+  T* out = static_cast<T*>(t.out) + item.column + 16 * warp;
+  T* pooled = static_cast<T*>(t.pooled) + item.column + 16 * warp;
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
     const Block<kRows> block(t, item.block + kOwn * consumer + i);
-    if (t.out) store_pixels<T>(t, block, item.column, warp, lane, affine, sums[i]);
-    if (t.pooled) store_windows<T>(t, block, item.column, warp, lane, affine, sums[i]);
+    if (t.out) store_pixels(t, block, out, lane, affine, sums[i]);
+    if (t.pooled) store_windows(t, block, pooled, lane, affine, sums[i]);
   }
 }
 
@@ -385,7 +422,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x == 128 * kConsumers) {
       ptx90::prefetch(x);
       ptx90::prefetch(weight);
-      produce(x, weight, t, shared);
+      produce<T>(x, weight, t, shared);
     }
     return;
   }
@@ -394,7 +431,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (group != 0) ptx90::barrier_sync(kLeadBarrier, 128 * kConsumers);
   Rings<kRows> rings;
   for (int i = blockIdx.x; i < t.items; i += gridDim.x) {
-    const Item item(t, i);
+    const Item item(t, i, kChunk<T>);
     if (item.whole)
       consume<T, kRows, 2>(t, item, shared, group, rings, lead);
     else

@@ -8,6 +8,8 @@ namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
 // The plan with blocks of so many rows, and how long it takes: rows of blocks that the busiest multiprocessor works off
 // one after the other, those of a half tile counting half.
 struct Candidate {
@@ -36,7 +38,8 @@ Candidate cut(const Sm90Problem& p, int rows_of_block, int multiprocessors) {
   // A grid smaller than half of the GPU shares the chunks of each tile among several CTAs.
   plan.split = 1;
   if (tiles == 0 && halves > 0) {
-    const int64_t chunks = p.cin / kSm90Channels, most = std::clamp<int64_t>(multiprocessors / halves, 1, chunks);
+    const int64_t chunks = p.cin * element_size(p.dtype) / kSm90Chunk;
+    const int64_t most = std::clamp<int64_t>(multiprocessors / halves, 1, chunks);
     plan.split = static_cast<int>(ceil_div(chunks, ceil_div(chunks, most)));
   }
   plan.items = static_cast<int>(plan.whole + halves * plan.split);
@@ -54,11 +57,12 @@ Candidate cut(const Sm90Problem& p, int rows_of_block, int multiprocessors) {
 
 const char* sm90_unsupported(const Sm90Problem& p, int sm) {
   if (sm != 90) return "its machine code is for compute capability 9.0 alone";
-  if (p.dtype == DType::kFloat32) return "it multiplies fp16 and bf16 alone";
-  if (p.cin % kSm90Channels || p.cout % kSm90Columns) return "cin and cout must be multiples of 64";
+  if (p.cin * element_size(p.dtype) % kSm90Chunk || p.cout % kSm90Columns)
+    return "cout must be a multiple of 64, and cin as well, of 32 with fp32";
   if (p.cin > 1 << 20 || p.cout > 1 << 20) return "more than 2^20 channels";
   if (p.n * (p.h + kSm90Rows[1]) * (p.w + kSm90Width) >= int64_t{1} << 31) return "x has 2^31 pixels; split the batch";
-  if (p.h * p.w * p.cin >= int64_t{1} << 39) return "an image has 2^40 bytes, more than a tensor map can stride over";
+  if (p.h * p.w * p.cin * element_size(p.dtype) >= int64_t{1} << 40)
+    return "an image has 2^40 bytes, more than a tensor map can stride over";
   return nullptr;
 }
 

@@ -137,39 +137,42 @@ __device__ inline uint64_t at(uint64_t descriptor, uint32_t address) { return de
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55"
-#define VGG_FAST_WGMMA_N112(type)                                                     \
-  asm volatile(                                                                       \
-      "{\n.reg .pred adds;\nsetp.ne.b32 adds, %58, 0;\n"                              \
-      "wgmma.mma_async.sync.aligned.m64n112k16.f32." type "." type VGG_FAST_D_0_TO_55 \
-      "}, %56, %57, adds, 1, 1, 0, 0;\n}"                                             \
-      : VGG_FAST_56(d)                                                                \
+#define VGG_FAST_WGMMA_N112(depth, type, majors)                                            \
+  asm volatile(                                                                             \
+      "{\n.reg .pred adds;\nsetp.ne.b32 adds, %58, 0;\n"                                    \
+      "wgmma.mma_async.sync.aligned.m64n112" depth ".f32." type "." type VGG_FAST_D_0_TO_55 \
+      "}, %56, %57, adds, 1, 1" majors ";\n}"                                               \
+      : VGG_FAST_56(d)                                                                      \
       : "l"(a), "l"(b), "r"(int{adds}))
-#define VGG_FAST_WGMMA_N128(type)                                                     \
-  asm volatile(                                                                       \
-      "{\n.reg .pred adds;\nsetp.ne.b32 adds, %66, 0;\n"                              \
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type VGG_FAST_D_0_TO_55 \
-      ", %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, adds, 1, 1, 0, 0;\n}"     \
-      : VGG_FAST_56(d), VGG_FAST_EIGHT(d, 56)                                         \
+#define VGG_FAST_WGMMA_N128(depth, type, majors)                                            \
+  asm volatile(                                                                             \
+      "{\n.reg .pred adds;\nsetp.ne.b32 adds, %66, 0;\n"                                    \
+      "wgmma.mma_async.sync.aligned.m64n128" depth ".f32." type "." type VGG_FAST_D_0_TO_55 \
+      ", %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, adds, 1, 1" majors ";\n}"       \
+      : VGG_FAST_56(d), VGG_FAST_EIGHT(d, 56)                                               \
       : "l"(a), "l"(b), "r"(int{adds}))
+#define VGG_FAST_WGMMA(depth, type, majors)   \
+  if constexpr (kCount == 56)                 \
+    VGG_FAST_WGMMA_N112(depth, type, majors); \
+  else                                        \
+    VGG_FAST_WGMMA_N128(depth, type, majors)
 
-// d = a b (+ d if adds): a is [64, 16], b is [16, n] with n = 2 * kCount; d[4 * j + 2 * s + e] is row 16 * warp + 8 * s
-// + lane / 4, column 8 * j + 2 * (lane % 4) + e. Asynchronous: d may be used after wgmma_wait and wgmma_settle.
+// d = a b (+ d if adds): a is [64, 32 bytes], b is [32 bytes, n] with n = 2 * kCount, both K-major; d[4 * j + 2 * s +
+// e] is row 16 * warp + 8 * s + lane / 4, column 8 * j + 2 * (lane % 4) + e. Asynchronous: d may be used after
+// wgmma_wait and wgmma_settle. float stands for tf32.
 template <typename T, int kCount>
 __device__ inline void wgmma(float (&d)[kCount], uint64_t a, uint64_t b, bool adds) {
   static_assert(kCount == 56 || kCount == 64);
-  if constexpr (std::is_same_v<T, __half>) {
-    if constexpr (kCount == 56)
-      VGG_FAST_WGMMA_N112("f16");
-    else
-      VGG_FAST_WGMMA_N128("f16");
+  if constexpr (std::is_same_v<T, float>) {
+    VGG_FAST_WGMMA("k8", "tf32", "");
+  } else if constexpr (std::is_same_v<T, __half>) {
+    VGG_FAST_WGMMA("k16", "f16", ", 0, 0");
   } else {
-    if constexpr (kCount == 56)
-      VGG_FAST_WGMMA_N112("bf16");
-    else
-      VGG_FAST_WGMMA_N128("bf16");
+    VGG_FAST_WGMMA("k16", "bf16", ", 0, 0");
   }
 }
 
+#undef VGG_FAST_WGMMA
 #undef VGG_FAST_WGMMA_N128
 #undef VGG_FAST_WGMMA_N112
 #undef VGG_FAST_D_0_TO_55

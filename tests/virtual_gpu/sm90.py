@@ -123,8 +123,12 @@ def maps(x: Tensor, packed: Tensor, rows: int) -> tuple[Mapped, Mapped]:
     """Of ``x`` [N, Cin, H, W] channels_last, and of weights [Cout, 3, 3, Cin], for blocks of so many rows."""
     (n, cin, h, w), cout = x.shape, packed.shape[0]
     pixels = x.as_strided((n, h, w, cin), (h * w * cin, w * cin, cin, 1))  # as in memory, also where a size is 1
-    channels = packed.view(cout // 16, 4, 2, 2, 9 * cin).permute(0, 2, 1, 3, 4)  # 16 w + 4 r + 2 s + e: w, s, r, e
-    boxes = (64, WIDTH + 2, rows + 2, 1), (64, 2, 4, 2, COLUMNS // 16)
+    if x.dtype == torch.float32:
+        channels = packed.view(cout // 16, 2, 4, 2, 9 * cin)  # 16 w + 8 s + 2 r + e
+    else:
+        channels = packed.view(cout // 16, 4, 2, 2, 9 * cin).permute(0, 2, 1, 3, 4)  # 16 w + 4 r + 2 s + e: w, s, r, e
+    chunk = 128 // x.element_size()
+    boxes = (chunk, WIDTH + 2, rows + 2, 1), (chunk, 2, 4, 2, COLUMNS // 16)
     swizzle = {"swizzle": 128}
     return Mapped(x, boxes[0], swizzle, pixels), Mapped(packed, boxes[1], swizzle, channels)
 

@@ -17,7 +17,7 @@ from tests.virtual_gpu.counters import Counters
 from tests.virtual_gpu.mutate import Mutant, apply, mutants
 from vgg_fast import reference, testing
 
-HALF, BF16 = torch.float16, torch.bfloat16
+HALF, BF16, TF32 = torch.float16, torch.bfloat16, torch.float32
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +48,7 @@ class Case(NamedTuple):
 
 
 OUT, POOLED, BOTH = ("out",), ("pooled",), ("out", "pooled")
+ODD = "odd sizes: the last row and column belong to no window"
 EXACT = {
     "a whole tile and nothing else": Case(1, 64, 64, 28, 16, HALF, OUT, 1, (14, 1, 1, 1)),
     "a whole tile of 16 rows": Case(1, 64, 64, 32, 16, BF16, BOTH, 1, (16, 1, 1, 1)),
@@ -56,12 +57,15 @@ EXACT = {
     "14x14 as in block 5: two blocks of a tile are no image's": Case(
         1, 128, 128, 14, 14, HALF, POOLED, 1, (14, 2, 2, 1)
     ),
-    "odd sizes: the last row and column belong to no window": Case(2, 64, 128, 13, 9, BF16, BOTH, 2, (14, 2, 2, 1)),
+    ODD: Case(2, 64, 128, 13, 9, BF16, BOTH, 2, (14, 2, 2, 1)),
     "one CTA: the rings go on from tile to tile": Case(2, 128, 128, 17, 9, HALF, BOTH, 1, (14, 4, 4, 1)),
     "the same with 16 rows": Case(1, 128, 128, 31, 17, HALF, BOTH, 1, (16, 4, 4, 1)),
     "whole tiles, then half ones": Case(1, 64, 128, 42, 24, HALF, BOTH, 4, (14, 4, 6, 1)),
     "sums of 2 CTAs, one chunk or two": Case(1, 192, 128, 10, 12, HALF, BOTH, 4, (14, 0, 4, 2)),
     "sums of 2 CTAs with 16 rows": Case(1, 128, 64, 32, 8, BF16, POOLED, 2, (16, 0, 2, 2)),
+    "tf32: chunks of 32 channels": Case(1, 96, 64, 28, 16, TF32, BOTH, 1, (14, 1, 1, 1)),
+    "tf32: 16 rows, odd sizes, half tiles": Case(1, 32, 128, 31, 13, TF32, BOTH, 4, (16, 0, 4, 1)),
+    "tf32: sums of 3 CTAs": Case(1, 96, 64, 9, 13, TF32, BOTH, 3, (14, 0, 3, 3)),
     "sums of 3 CTAs": Case(1, 192, 128, 7, 16, BF16, BOTH, 7, (14, 0, 6, 3)),
 }
 
@@ -69,7 +73,7 @@ EXACT = {
 @pytest.mark.parametrize("name", EXACT)
 def test_integers_are_exact(name: str) -> None:
     c = EXACT[name]
-    cut = sm90.plan(sm90.problem(c.n, c.h, c.w, c.cin, c.cout), c.multiprocessors)
+    cut = sm90.plan(sm90.problem(c.n, c.h, c.w, c.cin, c.cout, c.dtype), c.multiprocessors)
     assert (cut.rows, cut.whole, cut.items, cut.split) == c.cut
     x, weight, affine = inputs(testing.Shape("", c.n, c.cin, c.cout, c.h, c.w, ""), c.dtype, integers=True)
     results = sm90.conv3x3(x, weight, affine, True, "out" in c.stored, "pooled" in c.stored, c.multiprocessors)
@@ -80,17 +84,19 @@ def test_integers_are_exact(name: str) -> None:
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 4], ids=["whole tiles of 14 rows", "split ones of 16"])
-@pytest.mark.parametrize("dtype", [HALF, BF16], ids=str)
+@pytest.mark.parametrize("dtype", [HALF, BF16, TF32], ids=str)
 def test_every_schedule_gives_the_same_bits(dtype: torch.dtype, multiprocessors: int) -> None:
-    cut = sm90.plan(sm90.problem(1, 16, 13, 128, 128), multiprocessors)
+    cin = 256 // dtype.itemsize
+    cut = sm90.plan(sm90.problem(1, 16, 13, cin, 128, dtype), multiprocessors)
     assert (cut.rows, cut.whole, cut.split) == ((14, 2, 1) if multiprocessors == 1 else (16, 0, 2))
-    x, weight, affine = inputs(testing.Shape("", 1, 128, 128, 16, 13, ""), dtype)
+    x, weight, affine = inputs(testing.Shape("", 1, cin, 128, 16, 13, ""), dtype)
     latest, *others = (
         sm90.conv3x3(x, weight, affine, False, True, True, multiprocessors, schedule=schedule) for schedule in SCHEDULES
     )
+    kernel = "cuda_tf32" if dtype == TF32 else "cuda"
     for name, pool in (("out", False), ("pooled", True)):
         y = reference.conv3x3_affine(x.double(), weight.double(), affine.double(), relu=False, pool=pool)
-        testing.assert_within(latest[name], y, testing.conv_bound(x, weight, affine, pool=pool))
+        testing.assert_within(latest[name], y, testing.conv_bound(x, weight, affine, pool=pool, kernel=kernel))
         assert all(torch.equal(latest[name], other[name]) for other in others)
 
 
@@ -136,11 +142,12 @@ def test_what_a_tile_moves() -> None:
 
 @pytest.mark.parametrize("stored", [OUT, POOLED, BOTH], ids=" and ".join)
 @pytest.mark.parametrize("rows", sm90.HEIGHTS)
-def test_every_sector_is_full(rows: int, stored: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("dtype", [HALF, TF32], ids=str)
+def test_every_sector_is_full(dtype: torch.dtype, rows: int, stored: tuple[str, ...]) -> None:
     """Of halos, weights, partial sums, affine map and results."""
     cut = sm90.Plan(rows=rows, down=1, across=2, items=2, split=2, partial_bytes=2 * 2 * rows * 8 * 64 * 4)
     cut.counter_bytes, counters = 4, Counters()
-    x, weight, affine = inputs(testing.Shape("", 1, 128, 64, rows, 16, ""), HALF)
+    x, weight, affine = inputs(testing.Shape("", 1, 256 // dtype.itemsize, 64, rows, 16, ""), dtype)
     sm90.conv3x3(x, weight, affine, True, "out" in stored, "pooled" in stored, cut=cut, observer=counters)
     moved = {f"{row.op} line {n}": row for n, row in counters.rows.items() if row.sectors}
     kinds = {row.op.split(".")[0] for row in moved.values()}
@@ -187,7 +194,7 @@ def test_plans_of_vgg16(key: tuple[int, ...]) -> None:
     assert (cut.rows, cut.whole, cut.items, cut.split) == VGG16[key]
 
 
-@pytest.mark.parametrize("name", ["odd sizes: the last row and column belong to no window", "sums of 3 CTAs"])
+@pytest.mark.parametrize("name", [ODD, "sums of 3 CTAs", "tf32: sums of 3 CTAs"])
 def test_the_launcher_launches_what_is_simulated(name: str) -> None:
     """Tensor maps, arguments, grid and shared memory, as the CUDA runtime and the driver get them from the launcher."""
     c = EXACT[name]
@@ -219,7 +226,7 @@ def test_the_launcher_launches_what_is_simulated(name: str) -> None:
             expected.sizes,
             expected.strides,
         )
-        types = {HALF: 6, BF16: 9}  # CUtensorMapDataType
+        types = {HALF: 6, TF32: 7, BF16: 9}  # CUtensorMapDataType
         assert (made.type, tuple(made.box[:rank]), [*made.steps[:rank]]) == (types[c.dtype], expected.box, [1] * rank)
         assert expected.swizzle == 128
         assert (made.interleave, made.swizzle, made.fill) == (0, 3, 0)  # CU_TENSOR_MAP_SWIZZLE_128B
@@ -238,7 +245,7 @@ def test_the_launcher_refuses() -> None:
     args.x = 8
     assert b"multiple of 16 bytes" in sm90.host().launch_sm90(ctypes.byref(args), ctypes.byref(wanted), 3, 0, None)
     wanted.cout = 100
-    assert b"multiples of 64" in sm90.host().launch_sm90(ctypes.byref(args), ctypes.byref(wanted), 3, 0, None)
+    assert b"multiple of 64" in sm90.host().launch_sm90(ctypes.byref(args), ctypes.byref(wanted), 3, 0, None)
 
 
 def test_unsupported_says_why() -> None:
@@ -247,9 +254,10 @@ def test_unsupported_says_why() -> None:
 
     assert reason(1, 14, 14, 64, 64) is None
     assert b"capability 9.0" in (reason(1, 14, 14, 64, 128, sm=100) or b"")
-    assert b"fp16 and bf16" in (reason(1, 14, 14, 64, 128, dtype=torch.float32) or b"")
-    assert b"multiples of 64" in (reason(1, 14, 14, 96, 128) or b"")
-    assert b"multiples of 64" in (reason(1, 14, 14, 64, 96) or b"")
+    assert reason(1, 14, 14, 96, 64, dtype=TF32) is None
+    assert b"32 with fp32" in (reason(1, 14, 14, 48, 64, dtype=TF32) or b"")
+    for cin, cout in ((96, 128), (64, 96)):
+        assert b"multiple of 64" in (reason(1, 14, 14, cin, cout) or b"")
     assert b"2^31 pixels" in (reason(2**20, 64, 64, 64, 128) or b"")
 
 
