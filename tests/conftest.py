@@ -15,6 +15,17 @@ import torch
 import vgg_fast  # noqa: F401  (declares the ops)
 
 
+# Two workers take whole files in this order (make test) and so end together: seconds of one core, with empty caches.
+LONGEST = (
+    *("test_machine_code", "test_cuda_mma", "test_gpu_kernels", "test_cli", "test_conv3x3_sm90", "test_packaging"),
+    *("test_memory", "test_convert", "test_gpu_bench"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 def pytest_collection_finish() -> None:
     """What importing and collecting all files leaves is no garbage: to look through it again took 0.3 s a time."""
     gc.collect()
