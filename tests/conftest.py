@@ -14,8 +14,7 @@ import torch
 
 import vgg_fast  # noqa: F401  (declares the ops)
 
-
-# Two workers take whole files in this order (make test) and so end together: seconds of one core, with empty caches.
+# The longest files, with empty caches. Two workers take whole files in this order (make test), and so end together.
 LONGEST = (
     *("test_machine_code", "test_cuda_mma", "test_gpu_kernels", "test_cli", "test_conv3x3_sm90", "test_packaging"),
     *("test_memory", "test_convert", "test_gpu_bench"),

@@ -121,12 +121,23 @@ def nvcc_ptx(source: Path, architecture: str) -> str:
     Raises:
         FileNotFoundError: without nvcc.
     """
+    return nvcc_ptx_file(source, architecture).read_text()
+
+
+def nvcc_cubin(source: Path, architecture: str) -> bytes:
+    """Machine code of this PTX; raises as :func:`nvcc_ptx`."""
+    ptx, nvcc = nvcc_ptx_file(source, architecture), find_nvcc()
+    assert nvcc is not None
+    return compiled([nvcc, "-O3", "-cubin", f"-arch=sm_{architecture}", ptx], [ptx], ".cubin").read_bytes()
+
+
+def nvcc_ptx_file(source: Path, architecture: str) -> Path:
     nvcc = find_nvcc()
     if nvcc is None:
         raise FileNotFoundError("nvcc: see csrc/cuda/build.py for where it is looked for")
     options = ["-std=c++17", "-O3", "-lineinfo", "-ptx", f"-arch=compute_{architecture}", "-I", str(CUDA)]
     read = [source, *CUDA.glob("*.cuh"), *CUDA.glob("*.h"), *source.parent.glob("*.cuh")]
-    return compiled([nvcc, *options, source], read, ".ptx").read_text()
+    return compiled([nvcc, *options, source], read, ".ptx")
 
 
 def cuda_conv3x3(
