@@ -206,18 +206,20 @@ def test_the_first_block_is_one_launch(pretend_device: Callable[[int, int], int]
 def test_tensor_cores_multiply_fp32_only_as_tf32(pretend_device: Callable[[int, int], int]) -> None:
     x, weight, affine = torch.ones(1, 64, 6, 6), torch.ones(64, 3, 3, 64), torch.ones(2, 64)
     conv = torch.ops.vgg_fast_cuda_on_host.conv3x3
-    for tf32 in (False, True):
+    for kernel, launches in (("cuda", 0), ("cuda_tf32", 1)):
         pretend_device(80, 108)
-        conv(x, weight, affine, False, False, tf32)
-        assert pretend_device(0, 0) == tf32
+        conv(x, weight, affine, False, False, kernel)
+        assert pretend_device(0, 0) == launches
     pretend_device(75, 40)
     conv(x.half(), weight.half(), affine, False, False)
     assert pretend_device(0, 0) == 0
 
 
-@pytest.mark.parametrize(("sm", "hopper"), [(80, 0), (90, 2), (100, 0), (120, 0)])
-def test_hopper_has_kernels_of_its_own(pretend_device: Callable[[int, int], int], sm: int, hopper: int) -> None:
-    """Also with shared sums, whose memory is that of its plan."""
+@pytest.mark.parametrize(("sm", "kernel", "hopper"), [(90, "cuda_wgmma", 2), (90, "cuda", 0), (100, "cuda_wgmma", 0)])
+def test_hopper_has_kernels_of_its_own(
+    pretend_device: Callable[[int, int], int], sm: int, kernel: str, hopper: int
+) -> None:
+    """By name alone; also with shared sums, whose memory is that of its plan."""
     sizes = ((64, 128), (128, 128), (128, 24))  # the last has too few channels for its tile
     weights = [testing.integer_tensor(cout, 3, 3, cin, limit=2, dtype=torch.float16) for cin, cout in sizes]
     affines = [torch.stack([torch.full([w.shape[0]], 2.0**-7), torch.ones(w.shape[0])]) for w in weights]
@@ -225,7 +227,7 @@ def test_hopper_has_kernels_of_its_own(pretend_device: Callable[[int, int], int]
     stack = torch.ops.vgg_fast_cuda_on_host.conv_stack_taps
     (expected,) = stack(x, weights, affines, program)
     pretend_device(sm, 132)
-    (actual,) = stack(x, weights, affines, program)
+    (actual,) = stack(x, weights, affines, program, kernel)
     assert pretend_device(0, 0) == 3
     assert cuda_on_host().hopper_launches() == hopper
     assert torch.equal(actual, expected)
@@ -253,6 +255,8 @@ def test_a_chain_names_what_is_wrong_with_it() -> None:
         run(x, [weight], [affine], [8])
     with pytest.raises(RuntimeError, match="2 weights, 1 affines and 1 program entries"):
         run(x, [weight, weight], [affine], [0])
+    with pytest.raises(RuntimeError, match="no kernel 'cuda_mma'; choose one of cuda, cuda_tf32, cuda_wgmma"):
+        run(x, [weight], [affine], [0], "cuda_mma")
     with pytest.raises(RuntimeError, match="the program is empty"):
         run(x, [], [], [])
     with pytest.raises(RuntimeError, match="a 1x1 map is smaller than 2x2"):

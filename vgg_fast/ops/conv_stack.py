@@ -75,7 +75,7 @@ def run(
 
         return stack.conv_stack(x, weights, affines, program, precision or "ieee")
     if backend == "cuda":
-        return torch.ops.vgg_fast_cuda.conv_stack_taps(x, weights, affines, program, precision == "tf32")
+        return torch.ops.vgg_fast_cuda.conv_stack_taps(x, weights, affines, program, kernel)
     return reference.conv_stack_taps(x, weights, affines, program)
 
 
