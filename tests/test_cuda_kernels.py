@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tests.virtual_gpu.cases import Conv3x3Args, Maxpool2x2Args
 from vgg_fast import reference, testing
+from vgg_fast.ops import _self_test
 
 FLOAT16 = 1  # vgg_fast::cuda::DType
 SENTINEL = -1234.0
@@ -231,6 +232,16 @@ def test_hopper_has_kernels_of_its_own(
     assert pretend_device(0, 0) == 3
     assert cuda_on_host().hopper_launches() == hopper
     assert torch.equal(actual, expected)
+
+
+def test_the_self_test_runs_through_the_library(pretend_device: Callable[[int, int], int]) -> None:
+    """Its checks, workspace and launches; which kernels and tiles it reaches on which GPU is in test_self_test.py."""
+    stack = torch.ops.vgg_fast_cuda_on_host.conv_stack_taps
+    pretend_device(90, 132)
+    assert _self_test.failure("cuda_wgmma", torch.float16, torch.device("cpu"), stack) is None
+    assert pretend_device(0, 0) > 8
+    assert cuda_on_host().block1_launches() == 1
+    assert cuda_on_host().hopper_launches() > 2
 
 
 def test_what_is_not_aligned_is_left_to_the_plain_kernel(pretend_device: Callable[[int, int], int]) -> None:
