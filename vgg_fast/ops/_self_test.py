@@ -75,8 +75,6 @@ def require(kernel: str, dtype: torch.dtype, device: torch.device, run: Run) -> 
     Warns:
         RuntimeWarning: it failed now; how, and what to do.
     """
-    if (kernel, dtype, device) in _passed:
-        return
     reason = fault(kernel, dtype, device, lambda: failure(kernel, dtype, device, run))
     if reason is not None:
         raise RuntimeError(f"kernel {kernel!r} is switched off on {device}: {reason}")
