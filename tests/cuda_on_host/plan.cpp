@@ -26,6 +26,10 @@ __attribute__((visibility("default"))) void plan_block1_for(int64_t n, int64_t h
   *plan = plan_block1(n, h, w);
 }
 
+__attribute__((visibility("default"))) int mma_weight_stages() { return kMmaWeightStages; }
+
+__attribute__((visibility("default"))) int mma_halo_stages() { return kMmaHaloStages; }
+
 // What conv_stack (csrc/cuda/conv_stack.cpp) decides about a chain: chain[i] has dtype, sizes and step, and gets the
 // rest.
 __attribute__((visibility("default"))) void plan_chain_for(Layer* chain, int count, int family, int sm,

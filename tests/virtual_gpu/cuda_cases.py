@@ -75,6 +75,11 @@ def plan(wanted: MmaProblem, multiprocessors: int = A100, tile: int = -1, split:
     return result
 
 
+def stages() -> tuple[int, int]:
+    """Of weights and of halos, in a tile of conv3x3_mma."""
+    return planner().mma_weight_stages(), planner().mma_halo_stages()
+
+
 def plan_block1(n: int, h: int, w: int) -> MmaPlan:
     result = MmaPlan()
     planner().plan_block1_for(*(ctypes.c_int64(size) for size in (n, h, w)), ctypes.byref(result))
