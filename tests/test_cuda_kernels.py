@@ -217,18 +217,19 @@ def test_tensor_cores_multiply_fp32_only_as_tf32(pretend_device: Callable[[int, 
 
 
 @pytest.mark.parametrize(("sm", "kernel", "hopper"), [(90, "cuda_wgmma", 2), (90, "cuda", 0), (100, "cuda_wgmma", 0)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_hopper_has_kernels_of_its_own(
-    pretend_device: Callable[[int, int], int], sm: int, kernel: str, hopper: int
+    pretend_device: Callable[[int, int], int], dtype: torch.dtype, sm: int, kernel: str, hopper: int
 ) -> None:
     """By name alone; also with shared sums, whose memory is that of its plan."""
     sizes = ((64, 128), (128, 128), (128, 24))  # the last has too few channels for its tile
-    weights = [testing.integer_tensor(cout, 3, 3, cin, limit=2, dtype=torch.float16) for cin, cout in sizes]
+    weights = [testing.integer_tensor(cout, 3, 3, cin, limit=2, dtype=dtype) for cin, cout in sizes]
     affines = [torch.stack([torch.full([w.shape[0]], 2.0**-7), torch.ones(w.shape[0])]) for w in weights]
-    x, program = testing.integer_tensor(1, 64, 14, 14, dtype=torch.float16, limit=4), [int(RELU), int(RELU | POOL), 0]
+    x, program = testing.integer_tensor(1, 64, 14, 14, dtype=dtype, limit=4), [int(RELU), int(RELU | POOL), 0]
     stack = torch.ops.vgg_fast_cuda_on_host.conv_stack_taps
     (expected,) = stack(x, weights, affines, program)
     pretend_device(sm, 132)
-    (actual,) = stack(x, weights, affines, program, kernel)
+    (actual,) = stack(x, weights, affines, program, kernel if dtype == torch.float16 else f"{kernel}_tf32")
     assert pretend_device(0, 0) == 3
     assert cuda_on_host().hopper_launches() == hopper
     assert torch.equal(actual, expected)
@@ -266,7 +267,9 @@ def test_a_chain_names_what_is_wrong_with_it() -> None:
         run(x, [weight], [affine], [8])
     with pytest.raises(RuntimeError, match="2 weights, 1 affines and 1 program entries"):
         run(x, [weight, weight], [affine], [0])
-    with pytest.raises(RuntimeError, match="no kernel 'cuda_mma'; choose one of cuda, cuda_tf32, cuda_wgmma"):
+    with pytest.raises(
+        RuntimeError, match="no kernel 'cuda_mma'; choose one of cuda, cuda_tf32, cuda_wgmma, cuda_wgmma_tf32"
+    ):
         run(x, [weight], [affine], [0], "cuda_mma")
     with pytest.raises(RuntimeError, match="the program is empty"):
         run(x, [], [], [])

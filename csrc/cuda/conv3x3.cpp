@@ -8,7 +8,9 @@ namespace vgg_fast::cuda {
 Family family_named(const std::string& name) {
   if (name == "cuda_tf32") return Family::kCudaTf32;
   if (name == "cuda_wgmma") return Family::kCudaWgmma;
-  STD_TORCH_CHECK(name == "cuda", "there is no kernel '", name, "'; choose one of cuda, cuda_tf32, cuda_wgmma");
+  if (name == "cuda_wgmma_tf32") return Family::kCudaWgmmaTf32;
+  STD_TORCH_CHECK(name == "cuda", "there is no kernel '", name,
+                  "'; choose one of cuda, cuda_tf32, cuda_wgmma, cuda_wgmma_tf32");
   return Family::kCuda;
 }
 

@@ -15,9 +15,9 @@ namespace vgg_fast::cuda {
 constexpr int64_t kRelu = 1, kPool = 2, kTap = 4;
 
 // What a caller asks for, by the names of vgg_fast.selection: mma.sync for 16-bit tensors (`cuda`), for fp32 ones as
-// well (`cuda_tf32`), or Hopper's kernel before it (`cuda_wgmma`). Where none of these serves a layer, the plain
-// kernel.
-enum class Family { kCuda, kCudaTf32, kCudaWgmma };
+// well (`cuda_tf32`), and either with Hopper's kernel before it (`cuda_wgmma`, `cuda_wgmma_tf32`). Where none of these
+// serves a layer, the plain kernel.
+enum class Family { kCuda, kCudaTf32, kCudaWgmma, kCudaWgmmaTf32 };
 
 enum class Kernel { kPlain, kTensorCores, kHopper };
 

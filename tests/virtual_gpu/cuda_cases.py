@@ -87,7 +87,7 @@ def plan_block1(n: int, h: int, w: int) -> MmaPlan:
 
 
 TILES = ("256x128", "128x64", "256x64")  # kMmaTiles
-FAMILIES = ("cuda", "cuda_tf32", "cuda_wgmma")  # Family
+FAMILIES = ("cuda", "cuda_tf32", "cuda_wgmma", "cuda_wgmma_tf32")  # Family
 PLAIN, TENSOR_CORES, HOPPER = range(3)  # Kernel
 
 
