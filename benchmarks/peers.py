@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from vgg_fast.contest import Contest
-    from vgg_fast.scaling import Scaling
+    from vgg_fast.bench.contest import Contest
+    from vgg_fast.bench.scaling import Scaling
 
 # PyTorch's setting of fp32 that belongs to each name; "high" allows three bf16 products in place of one in fp32.
 PRECISIONS = {
@@ -45,7 +45,7 @@ def problems(
     import torch
 
     from benchmarks import steps
-    from vgg_fast import contest, peers, scaling
+    from vgg_fast.bench import contest, peers, scaling
 
     for name in names:
         dtype, setting = getattr(torch, PRECISIONS[name][0]), PRECISIONS[name][1]
@@ -141,7 +141,7 @@ def _run(
     import torch
 
     from benchmarks import engines
-    from vgg_fast import contest, measure, peers, plots, report, roofline, scaling
+    from vgg_fast.bench import contest, measure, peers, plots, report, roofline, scaling
 
     if threads:
         torch.set_num_threads(threads)

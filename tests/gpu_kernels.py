@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vgg_fast import gpu_facts, library, testing
+from vgg_fast import gpu, library, testing
 
 # Their threads wait for each other: they run on the virtual GPU (virtual_gpu/test_cuda_*.py), not thread by thread.
 TENSOR_CORES = ("block1.cu", "conv3x3_mma.cu", "conv3x3_sm90.cu")
@@ -46,7 +46,7 @@ FAMILIES = ("triton", "cuda")
 # For a fixture: what runs everywhere, and the same on the GPU where there is one (test_on_gpu.py says so where not).
 KERNELS = [
     *FAMILIES,
-    *(pytest.param(name + ON_A_GPU, marks=pytest.mark.gpu) for name in FAMILIES if gpu_facts.lacking() is None),
+    *(pytest.param(name + ON_A_GPU, marks=pytest.mark.gpu) for name in FAMILIES if gpu.lacking() is None),
 ]
 
 
@@ -65,7 +65,7 @@ def load(name: str) -> GpuKernels:
 
 def on_a_gpu(family: str) -> GpuKernels:
     """The kernels themselves; tensors are taken to the GPU and results are brought back."""
-    if reason := gpu_facts.lacking() or (library.missing("_C_cuda") if family == "cuda" else None):
+    if reason := gpu.lacking() or (library.missing("_C_cuda") if family == "cuda" else None):
         pytest.skip(reason)
     if family == "triton":
         conv3x3 = importlib.import_module("vgg_fast.kernels.conv3x3").conv3x3

@@ -9,11 +9,12 @@ import torch
 from stacks import changed, stack
 from torch import Tensor, nn
 
-from vgg_fast import choice, gpu, selection
-from vgg_fast.chains import Plan
+from vgg_fast import gpu, selection
+from vgg_fast.container import choice
+from vgg_fast.container.chains import Plan
+from vgg_fast.gpu.tuning import Place, Question, Tuner, Verdict
+from vgg_fast.gpu.winners import Winners
 from vgg_fast.ops import _self_test
-from vgg_fast.tuning import Place, Question, Tuner, Verdict
-from vgg_fast.winners import Winners
 
 CPU = torch.device("cpu")
 PLACE = Place("Imagined GPU", "sm_90", 132, (("torch", "2.13"),))

@@ -9,9 +9,10 @@ import torch
 from stacks import image, run, stack
 from torch import Tensor, nn
 
-from vgg_fast import choice, selection
+from vgg_fast import selection
 from vgg_fast.accelerate import accelerate
-from vgg_fast.winners import Winners
+from vgg_fast.container import choice
+from vgg_fast.gpu.winners import Winners
 
 BACKENDS = ("triton", "cuda")
 

@@ -13,9 +13,9 @@ from torch import nn
 
 from vgg_fast import selection
 from vgg_fast.accelerate import accelerate
+from vgg_fast.container.sequential import _STATE
 from vgg_fast.explain import Row, explain, record
 from vgg_fast.models import cfgs
-from vgg_fast.sequential import _STATE
 
 
 class Mixed(nn.Module):
@@ -216,8 +216,8 @@ def test_packed_weights_are_at_most_twice_the_originals(kernel):
 
 def test_the_times_that_a_kernel_was_chosen_by_are_shown():
     """As on a GPU: each chain once, by its number in the table, however often its container was called."""
+    from vgg_fast.container.sequential import FusedSequential
     from vgg_fast.explain import Explanation, Segment, _timings
-    from vgg_fast.sequential import FusedSequential
 
     layers = FusedSequential(conv(3, 8), nn.Tanh(), conv(8, 8), nn.Tanh(), conv(8, 8))
     segments = [

@@ -17,15 +17,17 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from vgg_fast import contest, gpu_facts, gpu_peers, measure, parity_report, peers, report, roofline
+from vgg_fast import gpu
+from vgg_fast.bench import contest, gpu_peers, measure, peers, report, roofline
+from vgg_fast.bench.peers import GRAPH, OURS
 from vgg_fast.cli import app
 from vgg_fast.cli.bench import Measured
-from vgg_fast.peers import GRAPH, OURS
-from vgg_fast.verdicts import Row
+from vgg_fast.verify import report as parity_report
+from vgg_fast.verify.verdicts import Row
 
 CPU = torch.device("cpu")
 TINY = peers.Layer("tiny", 16, 32, 12, True)
-no_gpu = pytest.mark.skipif(gpu_facts.lacking() is None, reason="this machine has a CUDA device")
+no_gpu = pytest.mark.skipif(gpu.lacking() is None, reason="this machine has a CUDA device")
 
 
 # --- why there is no GPU --------------------------------------------------------------------------------------------
@@ -44,14 +46,14 @@ no_gpu = pytest.mark.skipif(gpu_facts.lacking() is None, reason="this machine ha
     ],
 )
 def test_the_reason_why_there_is_no_gpu(cuda, hip, error, said):
-    sentence = gpu_facts.explain_lack(cuda, hip, error)
+    sentence = gpu.explain_lack(cuda, hip, error)
     assert sentence.startswith("no CUDA device: ")
     assert re.search(said, sentence)
     assert "\n" not in sentence
 
 
 def test_with_a_gpu_nothing_is_lacking():
-    assert gpu_facts.explain_lack("13.0", None, None) is None
+    assert gpu.explain_lack("13.0", None, None) is None
 
 
 @no_gpu
@@ -60,32 +62,32 @@ def test_without_a_gpu_one_sentence_and_exit_code_2(command):
     result = CliRunner().invoke(app, [command, "--device", "cuda"])
     assert result.exit_code == 2
     assert result.stdout == ""
-    assert result.stderr.splitlines() == [f"error: {gpu_facts.lacking()}"]
+    assert result.stderr.splitlines() == [f"error: {gpu.lacking()}"]
 
 
 # --- clocks ---------------------------------------------------------------------------------------------------------
 
 
 def test_clocks_of_nvidia_smi():
-    clocks = gpu_facts.parse_clocks("1755, 1980, 2619, 61, 688.40, 700.00, 0x0000000000000024")
+    clocks = gpu.parse_clocks("1755, 1980, 2619, 61, 688.40, 700.00, 0x0000000000000024")
     assert (clocks.sm_mhz, clocks.sm_max_mhz, clocks.celsius, clocks.watts_limit) == (1755, 1980, 61, 700)
     assert clocks.held_back == ("power cap", "too hot (driver)")
-    idle = gpu_facts.parse_clocks("210, 2520, 405, 31, [N/A], [Not Supported], 0x0000000000000001")
+    idle = gpu.parse_clocks("210, 2520, 405, 31, [N/A], [Not Supported], 0x0000000000000001")
     assert idle.watts is None
     assert idle.held_back == ()
-    assert gpu_facts.parse_clocks("0, 0, 0, 0, 0, 0, [N/A]").held_back == ()
+    assert gpu.parse_clocks("0, 0, 0, 0, 0, 0, [N/A]").held_back == ()
     for nonsense in ("", "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.", "1, 2, 3"):
-        assert gpu_facts.parse_clocks(nonsense) is None
-    assert gpu_facts.clocks_under(int, CPU) is None
+        assert gpu.parse_clocks(nonsense) is None
+    assert gpu.clocks_under(int, CPU) is None
 
 
 def test_the_question_is_asked_while_the_work_goes_on():
     calls = []
     slow = [sys.executable, "-c", "import time; time.sleep(0.3); print('1, 2'); print('second GPU')"]
-    assert gpu_facts.said_under(partial(calls.append, None), slow, CPU, least_s=0.0) == "1, 2"
+    assert gpu.said_under(partial(calls.append, None), slow, CPU, least_s=0.0) == "1, 2"
     assert len(calls) > 100, "until the answer came"
-    assert gpu_facts.said_under(int, ["no-such-program"], CPU, 0.0) == ""
-    assert gpu_facts.said_under(int, [sys.executable, "-c", "print('error'); raise SystemExit(6)"], CPU, 0.0) == ""
+    assert gpu.said_under(int, ["no-such-program"], CPU, 0.0) == ""
+    assert gpu.said_under(int, [sys.executable, "-c", "print('error'); raise SystemExit(6)"], CPU, 0.0) == ""
 
 
 # --- roofline -------------------------------------------------------------------------------------------------------
@@ -187,10 +189,10 @@ def test_tf32_may_be_off_by_what_cut_operands_make():
 def test_settings_of_fp32_can_be_read_by_every_name_and_are_put_back(setting):
     def read():
         backends = torch.backends
-        return gpu_facts.float32_name(), backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+        return gpu.float32_name(), backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
 
     before = read()
-    with gpu_facts.float32(setting):
+    with gpu.float32(setting):
         expected = {"ieee": ("fp32", False, "highest"), "tf32": ("tf32", True, "high"), None: before}[setting]
         assert read() == expected
         assert torch.backends.cuda.matmul.allow_tf32 == (expected[2] == "high")
@@ -198,12 +200,12 @@ def test_settings_of_fp32_can_be_read_by_every_name_and_are_put_back(setting):
 
 
 def test_names_of_precisions():
-    with gpu_facts.float32("tf32"):
+    with gpu.float32("tf32"):
         assert contest.precision_name(torch.float32, torch.device("cuda")) == "tf32"
         assert contest.precision_name(torch.float16, torch.device("cuda")) == "fp16"
-        with gpu_facts.float32(None):
-            assert gpu_facts.float32_name() == "tf32"
-    with gpu_facts.float32("ieee"):
+        with gpu.float32(None):
+            assert gpu.float32_name() == "tf32"
+    with gpu.float32("ieee"):
         assert contest.precision_name(torch.float32, torch.device("cuda")) == "fp32"
     result = CliRunner().invoke(app, ["bench", "--dtype", "tf32"])
     assert result.exit_code == 2

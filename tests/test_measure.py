@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from vgg_fast import contest, measure, models, peers
+from vgg_fast import models
 from vgg_fast.accelerate import accelerate
-from vgg_fast.measure import Timing, interleave, ratio_to_best
+from vgg_fast.bench import contest, measure, peers
+from vgg_fast.bench.measure import Timing, interleave, ratio_to_best
 
 TINY = peers.Layer("tiny", 16, 32, 12, True)
 

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from tests import run_on_gpu
-from vgg_fast import contest, gpu_facts, gpu_peers, peers, selection, testing
+from vgg_fast import gpu, selection, testing
 from vgg_fast.accelerate import accelerate
-from vgg_fast.verify import verify
+from vgg_fast.bench import contest, gpu_peers, peers
+from vgg_fast.verify.checks import verify
 
-LACKING = gpu_facts.lacking()
+LACKING = gpu.lacking()
 
 
 @pytest.fixture

@@ -67,6 +67,7 @@ def test_the_wheel_is_for_every_python(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "vgg_fast/_C.abi3.so" in names
     assert "vgg_fast/kernels/conv3x3.py" in names
+    assert {str(p.relative_to(ROOT)) for p in (ROOT / "vgg_fast").rglob("*.py")} <= set(names)  # also a new subpackage
     assert "vgg_fast/py.typed" in names
     assert not [n for n in names if n.startswith(("kernels/", "tests/", "benchmarks/"))]
     assert any(n.endswith("licenses/LICENSE") for n in names)

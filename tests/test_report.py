@@ -13,9 +13,9 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from typer.testing import CliRunner
 
-from vgg_fast import measure, peers, plots, report, roofline
+from vgg_fast.bench import measure, peers, plots, report, roofline
+from vgg_fast.bench.roofline import Ceilings
 from vgg_fast.cli import app
-from vgg_fast.roofline import Ceilings
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")

@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vgg_fast import gpu_facts, peers, reference, selection, testing
-from vgg_fast.verdicts import Row
-from vgg_fast.verify import Interrupted, Ops, Unavailable, kernels, verify
+from vgg_fast import gpu, reference, selection, testing
+from vgg_fast.bench import peers
+from vgg_fast.verify.checks import Interrupted, Ops, Unavailable, kernels, verify
+from vgg_fast.verify.verdicts import Row
 
 SHAPES = [testing.shape(name) for name in ("rgb_odd", "one_row", "two")]
 GOOD = Ops()
@@ -302,7 +303,7 @@ def test_unknown_names_say_what_there_is():
         verify("tpu")
 
 
-@pytest.mark.skipif(gpu_facts.lacking() is None, reason="this machine has a CUDA device")
+@pytest.mark.skipif(gpu.lacking() is None, reason="this machine has a CUDA device")
 def test_cuda_without_a_gpu_is_said_clearly():
     with pytest.raises(Unavailable, match="no CUDA device"):
         verify("cuda")

@@ -1,7 +1,7 @@
 """``accelerate``, ``restore`` and ``refresh``: other people's models, in place and reversibly.
 
 No layer is replaced, renamed or removed. Only the class of the containers changes, from ``nn.Sequential`` to
-:class:`~vgg_fast.sequential.FusedSequential`; so state_dict, names, hooks, optimizers and references stay as they were.
+:class:`~vgg_fast.FusedSequential`; so state_dict, names, hooks, optimizers and references stay as they were.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from vgg_fast import selection
-from vgg_fast.sequential import FusedSequential, drop_cache, set_backend
+from vgg_fast.container.sequential import FusedSequential, drop_cache, set_backend
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vgg_fast.chains import child_reason
-from vgg_fast.sequential import FusedSequential, Segment, drop_cache, packed_weights, record
+from vgg_fast.container.chains import child_reason
+from vgg_fast.container.sequential import FusedSequential, Segment, drop_cache, packed_weights, record
 
 __all__ = ["Explanation", "Packing", "Row", "Segment", "explain", "record"]
 

@@ -2,7 +2,7 @@
 
 Selection is a pure function of the dtype and the flags of an architecture, so tests can ask what a machine would choose
 that nobody here has. A backend or kernel that is named runs or raises; only ``auto`` may fall back to plain PyTorch. On
-a GPU it says which kernels are to be timed (:func:`candidates`); the timing is :mod:`vgg_fast.tuning`'s.
+a GPU it says which kernels are to be timed (:func:`candidates`); the timing is :mod:`vgg_fast.gpu.tuning`'s.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("cpu", "C++ micro-kernels: portable, AVX2, AVX-512, AMX", True, _cpu_unsupported),
-        # On a GPU `auto` must never make anybody slower than cuDNN: there it takes what was timed (vgg_fast.tuning).
+        # On a GPU `auto` must never make anybody slower than cuDNN: it takes what was timed (vgg_fast.gpu.tuning).
         Backend("triton", "Triton kernels", False, _triton_unsupported),
         Backend("cuda", "CUDA C++ kernels", False, _cuda_unsupported),
         Backend(REFERENCE, "plain PyTorch", True, lambda problem: []),

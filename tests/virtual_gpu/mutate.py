@@ -27,8 +27,17 @@ def apply(wrongs: Iterable[Mutant], entry: Entry) -> Entry:
     lines = entry.ptx.splitlines()
     for mutant in wrongs:
         lines[mutant.line - 1] = mutant.text
-    ptx = "\n".join(lines)
+    ptx = "\n".join(_alone(lines, entry.code.name))
     return replace(entry, code=Code(parse(ptx)[entry.code.name]), ptx=ptx)
+
+
+def _alone(lines: list[str], name: str) -> Iterator[str]:
+    """Without the other kernels, which take their time to parse; every line keeps its number."""
+    ours = True
+    for line in lines:
+        if match := re.search(r"\.entry\s+([\w$]+)", line):
+            ours = match[1] == name
+        yield line if ours or re.match(r"\s*\.file\b", line) else ""
 
 
 # Which of the instructions of an opcode are changed, of ``n``. Barriers, waits and fences: all of them, one by one.

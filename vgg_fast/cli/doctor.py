@@ -19,9 +19,11 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from vgg_fast import __version__, gpu_facts, library, measure, selection, tuning, winners
+from vgg_fast import __version__, gpu, library, selection
+from vgg_fast.bench import measure
+from vgg_fast.bench.peers import DTYPES
 from vgg_fast.cli._ui import FAILED, command, dtype_name, print_json, progress, show
-from vgg_fast.peers import DTYPES
+from vgg_fast.gpu import tuning, winners
 
 OK, ABSENT, PROBLEM = "ok", "absent", "problem"
 _COLOURS = {OK: "green", ABSENT: "yellow", PROBLEM: "bold red"}
@@ -151,7 +153,7 @@ def _gpu() -> Iterator[Finding]:
             capability = "{}.{}".format(*torch.cuda.get_device_capability(i))
             yield Finding(f"GPU {i}", OK, f"{torch.cuda.get_device_name(i)}, compute capability {capability}")
     else:
-        yield Finding("GPU", ABSENT, gpu_facts.lacking() or "CUDA starts, but PyTorch counts no device")
+        yield Finding("GPU", ABSENT, gpu.lacking() or "CUDA starts, but PyTorch counts no device")
 
 
 def _timings() -> Iterator[Finding]:

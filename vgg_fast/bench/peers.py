@@ -19,7 +19,7 @@ from torch.nn.utils import skip_init
 
 from vgg_fast import testing
 from vgg_fast.accelerate import accelerate
-from vgg_fast.sequential import record
+from vgg_fast.container.sequential import record
 
 OURS = "vgg_fast"
 EAGER, CHANNELS_LAST, COMPILED = "eager", "channels_last", "torch.compile"

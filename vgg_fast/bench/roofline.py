@@ -14,7 +14,8 @@ from functools import partial
 
 import torch
 
-from vgg_fast import gpu_facts, measure
+from vgg_fast import gpu
+from vgg_fast.bench import measure
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def measure_ceilings(
                 break
             before = side
             try:
-                with gpu_facts.float32(setting):
+                with gpu.float32(setting):
                     seconds = _product(side, dtype, repeats, device)
             except RuntimeError as error:
                 if not measure.out_of_memory(error):
@@ -155,7 +156,7 @@ def _precisions(on_gpu: bool) -> list[tuple[str, torch.dtype, str | None]]:
     """(name, dtype, PyTorch's setting of fp32 on a GPU that belongs to it); on the CPU the setting is the user's."""
     if not on_gpu:
         return [("fp32", torch.float32, None), ("bf16", torch.bfloat16, None)]
-    of_fp32 = [(name, torch.float32, setting) for name, setting in gpu_facts.FLOAT32.items()]
+    of_fp32 = [(name, torch.float32, setting) for name, setting in gpu.FLOAT32.items()]
     return [*of_fp32, ("bf16", torch.bfloat16, None), ("fp16", torch.float16, None)]
 
 
@@ -168,11 +169,11 @@ def _product(side: int, dtype: torch.dtype, repeats: int, device: torch.device) 
 def _fastest(call: Callable[[], object], repeats: int, device: torch.device) -> float:
     """Seconds."""
     call()
-    gpu_facts.synchronize(device)
+    gpu.synchronize(device)
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
         call()
-        gpu_facts.synchronize(device)
+        gpu.synchronize(device)
         times.append(time.perf_counter() - start)
     return min(times)

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from vgg_fast import testing
-from vgg_fast.peers import Layer
+from vgg_fast.bench.peers import Layer
 from vgg_fast.reference import Step
-from vgg_fast.verdicts import Problem, Row
+from vgg_fast.verify.verdicts import Problem, Row
 
 if TYPE_CHECKING:
-    from vgg_fast.verify import Ops
+    from vgg_fast.verify.checks import Ops
 
 
 def order(batch: int) -> list[int]:

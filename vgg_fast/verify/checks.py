@@ -16,11 +16,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from vgg_fast import gpu_facts, library, ops, reference, selection, testing
-from vgg_fast.peers import Layer
+from vgg_fast import gpu, library, ops, reference, selection, testing
+from vgg_fast.bench.peers import Layer
 from vgg_fast.reference import Step
-from vgg_fast.verdicts import FORMATS, DeviceLost, Problem, Row
-from vgg_fast.verify_layers import Network
+from vgg_fast.verify.layers import Network
+from vgg_fast.verify.verdicts import FORMATS, DeviceLost, Problem, Row
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -214,7 +214,7 @@ def _pools(checked: Ops, device: torch.device, dtype: str) -> list[tuple[Row, Ca
 def _device(name: str) -> torch.device:
     if name not in ("cpu", "cuda"):
         raise Unavailable(f"there are no kernels for device {name!r}; choose cpu or cuda")
-    if name == "cuda" and (reason := gpu_facts.lacking()):
+    if name == "cuda" and (reason := gpu.lacking()):
         raise Unavailable(f"{reason}; --device cpu verifies the CPU kernels")
     return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 

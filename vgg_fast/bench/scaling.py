@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgg_fast import contest, measure, peers
-from vgg_fast.contest import Contest
-from vgg_fast.measure import Timing
-from vgg_fast.peers import CHANNELS_LAST, OURS
+from vgg_fast.bench import contest, measure, peers
+from vgg_fast.bench.contest import Contest
+from vgg_fast.bench.measure import Timing
+from vgg_fast.bench.peers import CHANNELS_LAST, OURS
 
 BATCHES = (1, 2, 4, 8, 16, 32)
 _PROBLEM = "scaling"
@@ -23,7 +23,7 @@ _PROBLEM = "scaling"
 
 @dataclass(frozen=True)
 class Scaling:
-    """Stands in for a :class:`~vgg_fast.contest.Contest` over several numbers of threads and batch sizes.
+    """Stands in for a :class:`~vgg_fast.bench.contest.Contest` over several numbers of threads and batch sizes.
 
     Attributes:
         contests: (threads, batch) -> what ran there.

@@ -280,7 +280,7 @@ class Plan:
         self.hooked = tuple(four for four in hooks if any(four))
         self.parts = parse(modules)
         self.sources = {part.start: Sources(part, modules) for part in self.parts if not isinstance(part, Plain)}
-        self.trainable: dict[int, Any] = {}  # by the start of a chain; filled and read by vgg_fast.training
+        self.trainable: dict[int, Any] = {}  # by the start of a chain; filled and read by vgg_fast.container.training
 
     def holds(self, modules: tuple[nn.Module, ...], start: int = 0, stop: int | None = None) -> bool:
         """Whether ``modules`` are the children ``start`` to ``stop - 1`` and would be parsed in the same way again."""

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from vgg_fast.report import document, identity, machine_table, table
-from vgg_fast.verdicts import Row
+from vgg_fast.bench.report import document, identity, machine_table, table
+from vgg_fast.verify.verdicts import Row
 
 _SHOWN = 20  # misses per row; a kernel that is wrong is wrong a thousand times
 

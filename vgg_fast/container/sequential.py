@@ -1,6 +1,6 @@
 """The container that runs several of its children at once: an ``nn.Sequential`` in everything but the time it takes.
 
-``forward`` looks at the children as they are at that moment (:mod:`vgg_fast.chains`), runs each chain of 3x3
+``forward`` looks at the children as they are at that moment (:mod:`vgg_fast.container.chains`), runs each chain of 3x3
 convolutions as one ``conv_stack`` and everything else as before. The rule throughout: whatever is unusual runs the
 children one by one, so that PyTorch's own results and errors appear by construction.
 """
@@ -21,10 +21,11 @@ from torch.nn.modules import module as _module
 from torch.utils._device import DeviceContext
 
 import vgg_fast.ops  # noqa: F401  (declares torch.ops.vgg_fast)
-from vgg_fast import choice, linear_chains, selection, training
-from vgg_fast.chains import Chain, LinearChain, Plain, Plan, output_channels_last
+from vgg_fast import selection
+from vgg_fast.container import choice, linear_chains, training
+from vgg_fast.container.chains import Chain, LinearChain, Plain, Plan, output_channels_last
+from vgg_fast.container.packs import DTYPES, Pack, PackCache, Packed
 from vgg_fast.ops._layout import suggests_channels_last
-from vgg_fast.packs import DTYPES, Pack, PackCache, Packed
 
 _STATE = "_vgg_fast_state"  # plan and packed weights, in the container's __dict__; never copied, pickled or saved
 _BACKEND = "_vgg_fast_backend"  # the backend asked for, absent for "auto"; copied and pickled like any attribute
@@ -51,7 +52,7 @@ class FusedSequential(nn.Sequential):
 
     Children, names, parameters, hooks, slicing, copying and pickling are those of ``nn.Sequential``. Fused are, in
     evaluation without gradients, fp32, bf16 and fp16 tensors ``[N, C, H, W]`` of any memory format, and on the CPU
-    fp32 and bf16 ones under gradients and in training mode as well (:mod:`vgg_fast.training`); all else runs
+    fp32 and bf16 ones under gradients and in training mode as well (:mod:`vgg_fast.container.training`); all else runs
     child by child. :func:`vgg_fast.explain` says what ran how. Errors are those of the children; a backend that was
     named explicitly and cannot run raises RuntimeError with the reasons.
 

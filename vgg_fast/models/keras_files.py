@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from vgg_fast.weights import WeightsError
+from vgg_fast.models.weights import WeightsError
 
 SUFFIXES = (".keras", ".h5", ".hdf5")
 

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vgg_fast import fold, gpu_facts, measure, peers, testing
-from vgg_fast.measure import Timing
-from vgg_fast.peers import CHANNELS_LAST, EAGER, OURS, Agreement, Contestant, Layer
+from vgg_fast import fold, gpu, testing
+from vgg_fast.bench import measure, peers
+from vgg_fast.bench.measure import Timing
+from vgg_fast.bench.peers import CHANNELS_LAST, EAGER, OURS, Agreement, Contestant, Layer
 
 
 class Disagreement(Exception):
@@ -70,7 +71,7 @@ class Contest:
     def time(
         self, rounds: int = 10, budget_s: float = 20.0, on_round: Callable[[], None] | None = None
     ) -> dict[str, Timing]:
-        """Milliseconds per image of every contestant, measured in turns (:func:`vgg_fast.measure.interleave`)."""
+        """Milliseconds per image of every contestant, measured in turns (:func:`vgg_fast.bench.measure.interleave`)."""
         timings = measure.interleave(self.calls, rounds=rounds, budget_s=budget_s, on_round=on_round)
         return {name: Timing(tuple(ms / self.batch for ms in t.milliseconds)) for name, t in timings.items()}
 
@@ -131,7 +132,7 @@ def precision_name(dtype: torch.dtype, device: torch.device = _CPU) -> str:
     """
     short = next((name for name, value in peers.DTYPES.items() if value is dtype), str(dtype))
     if device.type == "cuda":
-        return gpu_facts.float32_name() if dtype == torch.float32 else short
+        return gpu.float32_name() if dtype == torch.float32 else short
     setting = torch.get_float32_matmul_precision()
     return f"{short} {setting}" if dtype == torch.float32 and setting != "highest" else short
 
@@ -153,12 +154,12 @@ def layer(
     """A contest over one convolution with its batch-norm, ReLU and perhaps pool.
 
     Args:
-        which: of :data:`vgg_fast.peers.LAYERS`, or any other.
+        which: of :data:`vgg_fast.bench.peers.LAYERS`, or any other.
         dtype: of weights and input.
         batch: images.
         engines: contestants that are not PyTorch as it is, by name.
         device: where it runs; what is exact comes from the CPU.
-        options: of :func:`vgg_fast.peers.contestants`.
+        options: of :func:`vgg_fast.bench.peers.contestants`.
 
     Raises:
         Disagreement: our answer lies outside its bound, in total or in any one element.

@@ -1,4 +1,4 @@
-"""What ``auto`` takes on a GPU for a chain of convolutions: puts :mod:`vgg_fast.tuning` its question."""
+"""What ``auto`` takes on a GPU for a chain of convolutions: puts :mod:`vgg_fast.gpu.tuning` its question."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from vgg_fast import gpu, selection
-from vgg_fast.chains import Chain
+from vgg_fast.container.chains import Chain
+from vgg_fast.gpu.tuning import Clock, Place, Question, Tuner, Verdict, disagreement, enabled, untimed
+from vgg_fast.gpu.winners import Winners, default_folder
 from vgg_fast.ops import _self_test, conv_stack
 from vgg_fast.ops._layout import suggests_channels_last
-from vgg_fast.tuning import Clock, Place, Question, Tuner, Verdict, disagreement, enabled, untimed
-from vgg_fast.winners import Winners, default_folder
 
 _tuner = Tuner(Winners(default_folder()))
 

@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vgg_fast.gpu.winners import Winners
 from vgg_fast.locks import ForkLock
 from vgg_fast.selection import REFERENCE
-from vgg_fast.winners import Winners
 
 MARGIN = 0.03  # by which a kernel must beat PyTorch: the noise of a median of seven on a GPU whose clocks move
 ROUNDS, LEAST_ROUNDS = 7, 3

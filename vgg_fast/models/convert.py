@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from vgg_fast import models
-from vgg_fast.keras_files import SUFFIXES as KERAS_SUFFIXES
-from vgg_fast.keras_files import KerasFile, KerasLayer, read_keras
-from vgg_fast.weights import SUFFIXES, WeightsError, check_state, read_weights, refuse_overwrite, save_weights
+from vgg_fast.models.keras_files import SUFFIXES as KERAS_SUFFIXES
+from vgg_fast.models.keras_files import KerasFile, KerasLayer, read_keras
+from vgg_fast.models.weights import SUFFIXES, WeightsError, check_state, read_weights, refuse_overwrite, save_weights
 
 # Keras' default; a bare weight file does not say which one the model had.
 KERAS_EPSILON = 1e-3

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from vgg_fast import selection
-from vgg_fast.chains import LinearChain, Sources
+from vgg_fast.container.chains import LinearChain, Sources
+from vgg_fast.container.packs import DTYPES, LinearPack, PackCache, plain_reason
 from vgg_fast.ops.linear import PACKING
-from vgg_fast.packs import DTYPES, LinearPack, PackCache, plain_reason
 
 # Weights of a chain below which nothing is gained (measured at batch 1 in fp32): up to there they stay in the L2
 # caches, and what counts is the time that a call takes to start.

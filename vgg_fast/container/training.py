@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from vgg_fast import fold, selection
-from vgg_fast.chains import Chain, Run, Sources, output_channels_last
-from vgg_fast.gradients import (
+from vgg_fast.container.chains import Chain, Run, Sources, output_channels_last
+from vgg_fast.container.gradients import (
     ChainTask,
     Convolution,
     FrozenChain,
@@ -27,8 +27,8 @@ from vgg_fast.gradients import (
     Transposed,
     normalises_with,
 )
+from vgg_fast.container.packs import Pack, PackCache
 from vgg_fast.ops._layout import suggests_channels_last
-from vgg_fast.packs import Pack, PackCache
 from vgg_fast.reference import Step
 
 DTYPES = (torch.float32, torch.bfloat16)

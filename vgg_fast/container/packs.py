@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from vgg_fast import gpu, selection
-from vgg_fast.chains import Chain, Sources
+from vgg_fast.container.chains import Chain, Sources
 from vgg_fast.locks import ForkLock
 from vgg_fast.ops._layout import suggests_channels_last
 

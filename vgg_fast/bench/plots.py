@@ -13,9 +13,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vgg_fast.gpu_peers import BENCHMARK
-from vgg_fast.peers import CHANNELS_LAST, COMPILED, EAGER, GRAPH, OURS
-from vgg_fast.roofline import Ceilings
+from vgg_fast.bench.gpu_peers import BENCHMARK
+from vgg_fast.bench.peers import CHANNELS_LAST, COMPILED, EAGER, GRAPH, OURS
+from vgg_fast.bench.roofline import Ceilings
 
 Row = Mapping[str, Any]
 

@@ -1,6 +1,6 @@
 """The VGG networks: torchvision's family, and the two models this project started from.
 
-All of them are ordinary PyTorch modules. Their convolutions lie in a :class:`~vgg_fast.sequential.FusedSequential`, the
+All of them are ordinary PyTorch modules. Their convolutions lie in a :class:`~vgg_fast.FusedSequential`, the
 same container that ``accelerate`` gives to other people's models, so there is one fused path and not two.
 """
 
@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vgg_fast.sequential import FusedSequential
-from vgg_fast.weights import find_weights, load_weights
+from vgg_fast.container.sequential import FusedSequential
+from vgg_fast.models.weights import find_weights, load_weights
 
 # Convolutions by their number of filters, "M" for a pool; letters as in the paper (arXiv:1409.1556, table 1).
 cfgs: dict[str, list[str | int]] = {

@@ -9,10 +9,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from vgg_fast import plots, scaling
-from vgg_fast.peers import OURS
-from vgg_fast.plots import Row
-from vgg_fast.roofline import Ceilings
+from vgg_fast.bench import plots, scaling
+from vgg_fast.bench.peers import OURS
+from vgg_fast.bench.plots import Row
+from vgg_fast.bench.roofline import Ceilings
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,12 @@ class Results:
     """What a report shows.
 
     Attributes:
-        rows: of :meth:`vgg_fast.contest.Contest.rows`; those with ``gflop_per_image`` are single layers.
-        machine: of :func:`vgg_fast.measure.machine`, and whatever else belongs beside it.
+        rows: of :meth:`vgg_fast.bench.contest.Contest.rows`; those with ``gflop_per_image`` are single layers.
+        machine: of :func:`vgg_fast.bench.measure.machine`, and whatever else belongs beside it.
         ceilings: of this machine, or None.
         measured: ceilings measured on a GPU whose ``ceilings`` are its data sheet's.
-        launches: of :meth:`vgg_fast.contest.Contest.launches`.
-        clocks: per problem what :class:`vgg_fast.gpu_facts.Clocks` says, with ``problem`` and ``precision``.
+        launches: of :meth:`vgg_fast.bench.contest.Contest.launches`.
+        clocks: per problem what :class:`vgg_fast.gpu.Clocks` says, with ``problem`` and ``precision``.
         left_out: (contestant, problem, reason).
         failures: problems that were not timed because our answer was wrong.
         command: that made the report.

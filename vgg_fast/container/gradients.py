@@ -1,4 +1,4 @@
-"""The nodes of autograd that :mod:`vgg_fast.training` makes a chain of: a convolution, a batch norm, a frozen chain.
+"""The nodes of autograd that ``training.py`` makes a chain of: a convolution, a batch norm, a frozen chain.
 
 Their gradients are kernels of ours. Under ``create_graph=True`` they are formulas of PyTorch instead, which can be
 differentiated again.
@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vgg_fast.container.packs import Pack
 from vgg_fast.ops._layout import suggests_channels_last
 from vgg_fast.ops.conv_stack_backward import sizes, through_gate
-from vgg_fast.packs import Pack
 from vgg_fast.reference import Step
 
 _ops = torch.ops.vgg_fast

@@ -1,6 +1,6 @@
 """Contestants beyond PyTorch as it is: cuDNN's benchmark mode, our kernels by name, and anybody's CUDA graph.
 
-Each is an :data:`~vgg_fast.contest.Engine`; all but the graphs run on a CPU as well.
+Each is an :data:`~vgg_fast.bench.contest.Engine`; all but the graphs run on a CPU as well.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from vgg_fast import peers, selection
+from vgg_fast import selection
 from vgg_fast.accelerate import accelerate
-from vgg_fast.contest import Engine, Unsuitable
-from vgg_fast.peers import GRAPH, OURS
+from vgg_fast.bench import peers
+from vgg_fast.bench.contest import Engine, Unsuitable
+from vgg_fast.bench.peers import GRAPH, OURS
 
 BENCHMARK = "cudnn.benchmark"
 
