@@ -253,6 +253,7 @@ def test_a_kernel_that_failed_its_self_test_is_refused_and_not_timed(monkeypatch
 
 # In a process of its own: some of these settings cannot be put back. Warnings are errors there.
 SETTINGS = """
+import itertools
 import torch
 from vgg_fast.selection import float32_precision
 
@@ -273,7 +274,13 @@ backends.fp32_precision = "tf32"  # which it inherits from
 assert (gpu(), float32_precision()) == ("high", "high")
 backends.cudnn.fp32_precision = "ieee"
 assert gpu() == "highest"
-backends.fp32_precision = "none"
+for values in itertools.product(("none", "ieee", "tf32"), repeat=3):  # "none" inherits; none of them is ieee
+    backends.cudnn.conv.fp32_precision, backends.cudnn.fp32_precision, backends.fp32_precision = values
+    assert gpu() == ("high" if [*filter("none".__ne__, values), "none"][0] == "tf32" else "highest"), values
+backends.cudnn.fp32_precision = backends.fp32_precision = "none"
+for allowed in (False, True, False, True):
+    backends.cudnn.allow_tf32 = allowed
+    assert (gpu() == "high") == torch.backends.cudnn.allow_tf32 == allowed
 backends.cuda.matmul.fp32_precision = "tf32"  # after which torch.get_float32_matmul_precision() raises
 assert float32_precision() == "highest"
 """

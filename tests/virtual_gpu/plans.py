@@ -7,8 +7,8 @@
 
 The functions that a GPU asks before it launches are asked here, so nothing is simulated and no GPU is needed. A tile is
 pixels x output channels (x the step of the inner product). Stages are those of the load pipeline, in csrc/cuda of
-pixels + weights. conv3x3_sm90 has blocks of pixels, four in a whole tile and two in half a one, and its stages in its
-source.
+pixels + weights. conv3x3_sm90 has blocks of pixels, four in a whole tile and two in half a one, all of 64 channels, and
+its stages in its source.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from tests.virtual_gpu import cuda_cases
+from tests.virtual_gpu import cuda_cases, sm90
 from vgg_fast.kernels.configs import Architecture
 from vgg_fast.models import cfgs
 from vgg_fast.reference import Step
@@ -115,7 +115,8 @@ def _cuda_row(layer: cuda_cases.LayerPlan, gpu: Architecture) -> Row:
     if layer.in_next:
         return Row("block1", "in the next launch", "", 1, 0, 0)
     if layer.kernel == cuda_cases.HOPPER:
-        tile = f"{hopper.whole} whole, {(hopper.items - hopper.whole) // hopper.split} half"
+        halves = (hopper.items - hopper.whole) // hopper.split
+        tile = f"{hopper.rows}x{sm90.WIDTH}: {hopper.whole} whole, {halves} half"
         workspace = hopper.partial_bytes + hopper.counter_bytes
         return Row("conv3x3_sm90", tile, "", hopper.split, min(hopper.items, gpu.multiprocessors), workspace)
     if layer.kernel == cuda_cases.TENSOR_CORES:
