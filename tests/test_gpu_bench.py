@@ -14,6 +14,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 from typer.testing import CliRunner
 
 from vgg_fast import gpu
@@ -131,6 +132,8 @@ def test_a_gpu_that_only_resembles_one_is_measured(name):
 
 def test_the_contestants_of_a_gpu():
     """All run here but the graphs, which say why not."""
+    assert gpu_peers.kernels_on("sm_90") == ["triton", "cuda_wgmma", "cuda"]
+    assert gpu_peers.kernels_on("sm_120") == ["triton", "cuda"]
     before = torch.backends.cudnn.benchmark
     engines = gpu_peers.engines(["portable_f32", "triton"])
     result = contest.layer(TINY, torch.float32, 3, engines, device=CPU)
@@ -148,6 +151,14 @@ def test_the_contestants_of_a_gpu():
     launches = result.launches()
     assert [row["contestant"] for row in launches] == list(result.calls)
     assert all(0 < row["returns_ms"] <= row["done_ms"] for row in launches)
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(torch.float16, "=cuda"), (torch.float32, "cuda")])
+def test_a_kernel_by_name_is_that_kernel_where_a_backend_stands_for_another(dtype, name):
+    """On Hopper the backend `cuda` would be cuda_wgmma's second row in 16 bits, but is cuda_tf32 for fp32."""
+    network, x = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1)).to(dtype), torch.ones(1, 3, 8, 8, dtype=dtype)
+    with pytest.raises(contest.Unsuitable, match=f"backend '{name}' cannot run this: it runs on cuda, not cpu"):
+        gpu_peers.by_kernel("cuda", network, x)
 
 
 def test_a_contestant_that_raises_is_left_out_and_the_rest_goes_on():

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from vgg_fast import selection
 from vgg_fast.accelerate import accelerate
 from vgg_fast.bench import peers
 from vgg_fast.bench.contest import Engine, Unsuitable
@@ -24,7 +25,7 @@ def engines(kernels: Sequence[str] = ("triton", "cuda"), backend: str = "auto") 
     """All of them by name.
 
     Args:
-        kernels: backends of ours, each a contestant of its own.
+        kernels: of ours, each a contestant of its own (:func:`kernels_on`).
         backend: of ours in the CUDA graph.
 
     Example:
@@ -32,8 +33,19 @@ def engines(kernels: Sequence[str] = ("triton", "cuda"), backend: str = "auto") 
         ['cudnn.benchmark', 'cudnn.benchmark, CUDA graph', 'vgg_fast triton', 'vgg_fast, CUDA graph']
     """
     result: dict[str, Engine] = {BENCHMARK: cudnn_benchmark, BENCHMARK + GRAPH: partial(graph, cudnn_benchmark)}
-    result |= {f"{OURS} {kernel}": partial(ours, kernel) for kernel in kernels}
+    result |= {f"{OURS} {kernel}": partial(by_kernel, kernel) for kernel in kernels}
     return {**result, OURS + GRAPH: partial(graph, partial(ours, backend))}
+
+
+def kernels_on(architecture: str) -> list[str]:
+    """What of ours is timed by name on a GPU: for fp32 its backends, for 16-bit tensors all that they have for them.
+
+    Example:
+        >>> kernels_on("sm_80"), kernels_on("sm_90")
+        (['triton', 'cuda'], ['triton', 'cuda_wgmma', 'cuda'])
+    """
+    problem = selection.Problem(torch.float16, "cuda", architecture)
+    return [kernel for backend in ("triton", "cuda") for kernel in selection.kernels_of(backend, problem)]
 
 
 def cudnn_benchmark(network: nn.Sequential, x: Tensor) -> Callable[[], Tensor]:
@@ -67,6 +79,11 @@ def ours(backend: str, network: nn.Sequential, x: Tensor) -> Callable[[], Tensor
     if not kernels:
         raise Unsuitable("it runs nothing fused")
     return peers.Contestant(model, torch.contiguous_format).on(x)
+
+
+def by_kernel(kernel: str, network: nn.Sequential, x: Tensor) -> Callable[[], Tensor]:
+    """The accelerated network on one of :func:`kernels_on`; arguments and errors as of :func:`ours`."""
+    return ours(kernel if x.dtype is torch.float32 else selection.exactly(kernel), network, x)
 
 
 def graph(of: Engine, network: nn.Sequential, x: Tensor) -> Callable[[], Tensor]:

@@ -15,7 +15,7 @@ import torch
 import typer
 from rich.table import Table
 
-from vgg_fast import gpu
+from vgg_fast import gpu, selection
 from vgg_fast.accelerate import accelerate
 from vgg_fast.bench import contest, failures, gpu_peers, host, peers, plots, roofline
 from vgg_fast.bench import report as html_report
@@ -219,7 +219,7 @@ def bench(
     check_backend(backend, [precision.dtype for precision in wanted], where)
     options: dict[str, Any] = {"accelerator": partial(accelerate, backend=backend), "device": where}
     options["compiled"] = on_gpu if compile is None else compile
-    options["engines"] = gpu_peers.engines(backend=backend) if on_gpu else {}
+    options["engines"] = _engines(where, backend) if on_gpu else {}
     todo = list(contests(wanted, batches, size, not layers, on_gpu if layers is None else layers, options))
     measured = Measured(where)
     try:
@@ -235,6 +235,11 @@ def bench(
         complain(f"not timed: {failure}")
     if measured.failures:
         raise typer.Exit(FAILED)
+
+
+def _engines(device: torch.device, backend: str) -> dict[str, contest.Engine]:
+    architecture = selection.problem_on(torch.float16, device).architecture
+    return gpu_peers.engines(gpu_peers.kernels_on(architecture), backend)
 
 
 def _measure(

@@ -175,7 +175,8 @@ def _timings() -> Iterator[Finding]:
 def _backends() -> Iterator[Finding]:
     for backend in selection.backends():
         if backend.name in ("triton", "cuda"):
-            found = backend.what if backend.available else backend.reason
+            parts = [backend.what] if backend.available else []
+            found = "; without ".join([*parts, *([backend.reason] if backend.reason else [])])
             yield Finding(f"backend {backend.name}", OK if backend.available else ABSENT, found)
 
 

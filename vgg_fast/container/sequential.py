@@ -102,7 +102,7 @@ class Segment:
         names: their names in the container.
         kernel: the kernel of ``conv_stack`` that ran them, or None if they ran one by one.
         reason: why they were not fused; empty if they were.
-        timed: on a GPU, the times that the choice came from.
+        timed: on a GPU, the times that the choice came from, or which kernel it stands in for.
     """
 
     container: FusedSequential
@@ -256,7 +256,6 @@ def _run_chain(
         with torch.autocast(device.type, enabled=False):
             return _conv_stack(x.to(dtype), pack, chain, kernel, last)
 
-    timed = ""
     if device.type == "cuda" and backend == "auto":
         if chain.batch or gradients:
             return "gradients and batch statistics on a GPU are left to PyTorch"
@@ -265,7 +264,7 @@ def _run_chain(
             return verdict.reason
         kernel, timed = verdict.kernel, verdict.reason
     else:
-        kernel = selection.choose(dtype, device, backend)
+        kernel, timed = choice.by_name(dtype, device, backend)
     if kernel == selection.REFERENCE:
         if backend != "auto":
             return "backend 'reference' was asked for"

@@ -93,13 +93,11 @@ def verify(
     run = _Run(checked or Ops(), where, only or names, not only, layers, batches)
     total, done = len(dtypes) * (len(shapes) + len(layers) * len(batches)), 0
     try:
-        # A kernel's name means ieee; that PyTorch allows tf32 by default would make another one of it.
-        with gpu.float32("ieee"):
-            for dtype in dtypes:
-                for _ in run.steps(dtype, shapes):
-                    done += 1
-                    if on_progress:
-                        on_progress(done, total)
+        for dtype in dtypes:
+            for _ in run.steps(dtype, shapes):
+                done += 1
+                if on_progress:
+                    on_progress(done, total)
     except KeyboardInterrupt:
         raise Interrupted(run.rows) from None
     except DeviceLost as error:
@@ -191,7 +189,7 @@ def _pools(checked: Ops, device: torch.device, dtype: str) -> list[tuple[Row, Ca
 def _absent(dtype: torch.dtype, device: torch.device, kernel: str) -> str:
     """Why a kernel does not run this dtype here, in a line; empty if it does."""
     try:
-        chosen = selection.choose(dtype, device, kernel)
+        chosen = selection.choose(dtype, device, selection.exactly(kernel))
     except RuntimeError as error:
         return str(error).splitlines()[0]
     return "" if chosen == kernel else f"{chosen} runs in its place"
