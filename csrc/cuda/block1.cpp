@@ -5,11 +5,12 @@
 
 namespace vgg_fast::cuda {
 
-void fuse_first_block(std::vector<Layer>& layers) {
-  if (layers.size() < 2) return;
+void fuse_first_block(std::vector<Layer>& layers, bool aligned) {
+  if (layers.size() < 2 || !aligned) return;
   Layer &first = layers[0], &second = layers[1];
   const bool hidden = !first.pool() && !first.tap();
-  if (!hidden || second.kernel == Kernel::kPlain ||
+  const bool by_16_bytes = reinterpret_cast<uintptr_t>(first.args.weight) % 16 == 0;
+  if (!hidden || !by_16_bytes || second.kernel == Kernel::kPlain ||
       !is_block1(first.args.dtype, first.args.cin, first.args.cout, second.args.cout))
     return;
   second.kernel = Kernel::kTensorCores;

@@ -56,7 +56,8 @@ std::vector<Tensor> conv_stack_taps(const Tensor& any_x, const std::vector<Tenso
   const Queue queue = scope.queue();
   const DeviceLimits limits = device_limits(queue.device);
   const Tensor x = torch::stable::contiguous(any_x, torch::headeronly::MemoryFormat::ChannelsLast);
-  bool aligned = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
+  const bool aligned_input = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
+  bool aligned = aligned_input;
   std::vector<Layer> layers;
   int64_t cin = any_x.size(1), h = any_x.size(2), w = any_x.size(3);
   for (size_t i = 0; i < program.size(); ++i) {
@@ -66,7 +67,7 @@ std::vector<Tensor> conv_stack_taps(const Tensor& any_x, const std::vector<Tenso
     h = layers.back().out_h();
     w = layers.back().out_w();
   }
-  fuse_first_block(layers);
+  fuse_first_block(layers, aligned_input);
 
   const Workspace plan = workspace_of(layers);
   Tensor workspace =

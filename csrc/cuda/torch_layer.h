@@ -43,8 +43,8 @@ Layer plan_layer(const torch::stable::Tensor& x, bool aligned, int64_t cin, int6
                  const torch::stable::Tensor& weight, const torch::stable::Tensor& affine, int64_t step, bool tf32,
                  DeviceLimits limits);
 
-// Makes one launch of the first two layers of a chain where that is possible (block1_cuda.h).
-void fuse_first_block(std::vector<Layer>& layers);
+// Makes one launch of the first two layers of a chain where that is possible (block1_cuda.h). aligned: as above.
+void fuse_first_block(std::vector<Layer>& layers, bool aligned);
 
 // Queues the first two layers after that. x: [n, h, w, cin]; full and pooled: of the second, as in launch_layer.
 void launch_first_block(const Layer& first, const Layer& second, const void* x, void* full, void* pooled, Queue queue);
