@@ -94,7 +94,7 @@ def test_conv3x3_past_2_31_elements(run_blocks: Callable[[int, int], None]) -> N
     huge = Huge()
     c = huge.channels
     weight = testing.integer_tensor(c, c, 3, 3, limit=2, dtype=torch.float16)
-    items = huge.height // 2 * (huge.width // 2) * (c // 4)  # quads, four channels a thread
+    items = huge.height // 2 * (huge.width // 2) * (c // 4)  # quads, four channels a thread; no warp hangs over
     run_blocks(items // 128 - 4, items // 128)
     launch_conv3x3(huge.x, weight, huge.out, pool=False)
     expected = reference.conv3x3(huge.last.float(), weight.float()).half()
