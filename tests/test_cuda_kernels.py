@@ -95,7 +95,7 @@ def test_conv3x3_past_2_31_elements(run_blocks: Callable[[int, int], None]) -> N
     huge = Huge()
     c = huge.channels
     weight = testing.integer_tensor(c, c, 3, 3, limit=2, dtype=torch.float16)
-    items = huge.height // 2 * (huge.width // 2) * (c // 4)  # quads, four channels a thread
+    items = huge.height // 2 * (huge.width // 2) * (c // 4)  # quads, four channels a thread; no warp hangs over
     run_blocks(items // 128 - 4, items // 128)
     launch_conv3x3(huge.x, weight, huge.out, pool=False)
     expected = reference.conv3x3(huge.last.float(), weight.float()).half()
@@ -243,6 +243,19 @@ def test_the_self_test_runs_through_the_library(pretend_device: Callable[[int, i
     assert pretend_device(0, 0) > 8
     assert cuda_on_host().block1_launches() == 1
     assert cuda_on_host().hopper_launches() > 2
+
+
+def test_an_image_or_weights_that_are_not_aligned_are_two_launches(pretend_device: Callable[[int, int], int]) -> None:
+    """block1 copies both 16 bytes at a time."""
+    memory = testing.integer_tensor(64 * 27 + 8, limit=2, dtype=torch.float16)
+    second, affines = torch.ones(16, 3, 3, 64, dtype=torch.float16), [torch.ones(2, 64), torch.ones(2, 16)]
+    for image_at, weight_at in ((0, 0), (1, 0), (0, 4)):
+        x = memory[image_at : image_at + 6 * 4 * 3].view(1, 6, 4, 3).permute(0, 3, 1, 2)
+        first = memory[weight_at : weight_at + 64 * 27].view(64, 3, 3, 3)
+        pretend_device(80, 108)
+        torch.ops.vgg_fast_cuda_on_host.conv_stack(x, [first, second], affines, [0, 0])
+        assert pretend_device(0, 0) == 1
+        assert cuda_on_host().block1_launches() == (image_at + weight_at == 0)
 
 
 def test_what_is_not_aligned_is_left_to_the_plain_kernel(pretend_device: Callable[[int, int], int]) -> None:

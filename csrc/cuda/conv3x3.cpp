@@ -49,7 +49,8 @@ Layer plan_layer(const Tensor& x, bool aligned, int64_t cin, int64_t h, int64_t 
   a.cout = cout;
   a.dtype = kernel_dtype("conv3x3", x);
   a.relu = step & kRelu;
-  choose_kernel(layer, aligned && reinterpret_cast<uintptr_t>(a.weight) % 16 == 0, family, limits);
+  layer.aligned = aligned && reinterpret_cast<uintptr_t>(a.weight) % 16 == 0;
+  choose_kernel(layer, family, limits);
   return layer;
 }
 

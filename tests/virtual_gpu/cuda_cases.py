@@ -97,6 +97,7 @@ class LayerPlan(ctypes.Structure):
     _fields_ = [
         ("args", Conv3x3Args),
         ("step", ctypes.c_int64),
+        ("aligned", ctypes.c_bool),
         ("kernel", ctypes.c_int),
         ("plan", MmaPlan),
         ("hopper", sm90.Plan),
@@ -123,7 +124,7 @@ def plan_chain(
     chain = (LayerPlan * len(couts))()
     n, cin, h, w = size
     for layer, cout, step in zip(chain, couts, program, strict=True):
-        layer.step = step
+        layer.step, layer.aligned = step, True
         args = layer.args
         args.n, args.h, args.w, args.cin, args.cout, args.dtype = n, h, w, cin, cout, DTYPES[dtype][0]
         cin, h, w = cout, h // (2 if step & 2 else 1), w // (2 if step & 2 else 1)

@@ -199,7 +199,9 @@ def _pools(checked: Ops, device: torch.device, dtype: str) -> list[tuple[Row, Ca
         row = Row(op, kernel, dtype, absent=_absent(torch.float32, device, kernel))
         pool = getattr(checked, op)  # of an absent row nothing is called
         if kernel == "triton" and not row.absent:
-            from vgg_fast.kernels.maxpool2x2 import maxpool2x2 as pool
+            from vgg_fast.kernels.maxpool2x2 import maxpool2x2
+
+            pool = maxpool2x2
         elif not row.absent:
             pool = getattr(torch.ops.vgg_fast_cuda, op)
         result.append((row, pool))
