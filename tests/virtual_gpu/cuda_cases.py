@@ -5,15 +5,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tests.compiled import compiled
 from tests.virtual_gpu import sm90
 from tests.virtual_gpu.cases import CUDA, DTYPES, ROOT, Conv3x3Args, Maxpool2x2Args, channels_last, nvcc_ptx
 from tests.virtual_gpu.launch import launch, ptx_entry
@@ -55,12 +53,9 @@ def planner() -> ctypes.CDLL:
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         raise FileNotFoundError("no C++ compiler on the PATH to compile csrc/cuda/*_plan.cpp with")
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "plan.so"
-        sources = [*sorted(CUDA.glob("*_plan.cpp")), ROOT / "tests" / "cuda_on_host" / "plan.cpp"]
-        options = ["-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-I", str(CUDA)]
-        subprocess.run([compiler, *options, *map(str, sources), "-o", str(library)], check=True)
-        loaded = ctypes.CDLL(str(library))
+    sources = [*sorted(CUDA.glob("*_plan.cpp")), ROOT / "tests" / "cuda_on_host" / "plan.cpp"]
+    options = ["-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-I", str(CUDA)]
+    loaded = ctypes.CDLL(str(compiled([compiler, *options, *sources], [*sources, *CUDA.glob("*.h")], ".so")))
     loaded.mma_unsupported_for.restype = ctypes.c_char_p
     return loaded
 
