@@ -79,8 +79,7 @@ def on_a_gpu(family: str) -> GpuKernels:
         oihw = [there(w).permute(0, 3, 1, 2) for w in weights]
         packed = [torch.ops.vgg_fast.pack(w, None, None, None, None, None, 0.0, family)[0] for w in oihw]
         affines = [there(a) for a in affines]
-        with gpu.float32("ieee"):
-            return torch.ops.vgg_fast.conv_stack(there(x), packed, affines, program, family, True).cpu()
+        return torch.ops.vgg_fast.conv_stack(there(x), packed, affines, program, family, True).cpu()
 
     return GpuKernels(
         lambda x, weight, affine, relu, pool: conv3x3(there(x), there(weight), there(affine), relu, pool).cpu(),

@@ -224,11 +224,11 @@ def test_the_times_that_a_kernel_was_chosen_by_are_shown():
         Segment(layers, ("0",), "triton", "", "timed: triton 0.4 ms, PyTorch 0.6 ms"),
         Segment(layers, ("1",), None, "Tanh is not a type that is fused"),
         Segment(layers, ("2",), None, "timed: PyTorch 0.2 ms, triton 0.3 ms"),
-        Segment(layers, ("4",), "cuda", "", "timed: cuda 0.1 ms, PyTorch 0.2 ms"),
+        Segment(layers, ("4",), "cuda", "", "runs 'cuda' in place of 'cuda_wgmma', which failed its self test"),
     ]
     timings = tuple(_timings(segments * 2))
     assert timings == (
         "chain 1 timed: triton 0.4 ms, PyTorch 0.6 ms",
-        "chain 2 timed: cuda 0.1 ms, PyTorch 0.2 ms",
+        "chain 2 runs 'cuda' in place of 'cuda_wgmma', which failed its self test",
     )
     assert all(line in str(Explanation((), True, (), timings)).splitlines() for line in timings)

@@ -18,7 +18,7 @@ KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 LAYERS = [
     {"reference", "fold", "locks"},
     {"testing"},
-    {"library", "kernels"},
+    {"library", "kernels", "precision"},
     {"selection"},
     {"ops"},
     {"gpu"},

@@ -26,7 +26,8 @@ def accelerate(model: M, backend: str = "auto") -> M:
 
     Args:
         model: any module.
-        backend: ``auto``, or a backend or kernel that must run: a forward that it cannot run raises RuntimeError.
+        backend: ``auto``, or a backend or kernel that must run: a forward that it cannot run raises RuntimeError. On a
+            GPU ``cuda`` is the backend (on Hopper kernel ``cuda_wgmma``), ``=cuda`` its kernel of that name.
 
     Returns:
         The same object.
@@ -46,7 +47,7 @@ def accelerate(model: M, backend: str = "auto") -> M:
     _check_module(model, "accelerate")
     kernels = (*selection.GPU_KERNELS, *selection.cpu_kernels(), *selection.linear_kernels())
     known = dict.fromkeys(("auto", *selection.BACKENDS, *kernels))
-    if backend not in known:
+    if backend not in (*known, *map(selection.exactly, selection.GPU_KERNELS)):
         raise ValueError(f"there is no backend {backend!r}; choose one of {', '.join(known)}")
     if not any(isinstance(m, (nn.Conv2d, nn.Linear)) for m in model.modules()):
         warnings.warn(

@@ -69,8 +69,8 @@ class Explanation:
         rows: one :class:`Row` per layer that has no children.
         accelerated: whether the model was accelerated, or only for the moment of explaining.
         packing: one :class:`Packing` per container that keeps packed weights.
-        timings: on a GPU, per chain that runs fused the times that its kernel was chosen by. Why one is left to PyTorch
-            is the reason of its rows.
+        timings: on a GPU, per chain that runs fused the times that its kernel was chosen by, or that it stands in for
+            one which failed its self test. Why one is left to PyTorch is the reason of its rows.
     """
 
     rows: tuple[Row, ...]

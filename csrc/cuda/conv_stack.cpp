@@ -46,7 +46,8 @@ Tensor empty_map(const Tensor& x, const Layer& layer, int64_t h, int64_t w) {
 
 std::vector<Tensor> conv_stack_taps(const Tensor& any_x, const std::vector<Tensor>& weights,
                                     const std::vector<Tensor>& affines, const std::vector<int64_t>& program,
-                                    bool tf32) {
+                                    const std::string& kernel) {
+  const Family family = family_named(kernel);
   STD_TORCH_CHECK(weights.size() == program.size() && affines.size() == program.size(),
                   "conv_stack (cuda): ", weights.size(), " weights, ", affines.size(), " affines and ", program.size(),
                   " program entries; there must be as many of each");
@@ -60,7 +61,7 @@ std::vector<Tensor> conv_stack_taps(const Tensor& any_x, const std::vector<Tenso
   std::vector<Layer> layers;
   int64_t cin = any_x.size(1), h = any_x.size(2), w = any_x.size(3);
   for (size_t i = 0; i < program.size(); ++i) {
-    layers.push_back(plan_layer(x, aligned, cin, h, w, weights[i], affines[i], program[i], tf32, limits));
+    layers.push_back(plan_layer(x, aligned, cin, h, w, weights[i], affines[i], program[i], family, limits));
     aligned = true;  // what is allocated here is
     cin = layers.back().args.cout;
     h = layers.back().out_h();
@@ -108,15 +109,16 @@ std::vector<Tensor> conv_stack_taps(const Tensor& any_x, const std::vector<Tenso
 }
 
 Tensor conv_stack(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& affines,
-                  const std::vector<int64_t>& program, bool tf32) {
+                  const std::vector<int64_t>& program, const std::string& kernel) {
   for (int64_t step : program)
     STD_TORCH_CHECK(!(step & kTap),
                     "conv_stack (cuda): a program with taps returns several tensors: ", "call conv_stack_taps");
-  return conv_stack_taps(x, weights, affines, program, tf32).back();
+  return conv_stack_taps(x, weights, affines, program, kernel).back();
 }
 
-Tensor conv3x3(const Tensor& x, const Tensor& weight, const Tensor& affine, bool relu, bool pool, bool tf32) {
-  return conv_stack(x, {weight}, {affine}, {(relu ? kRelu : 0) | (pool ? kPool : 0)}, tf32);
+Tensor conv3x3(const Tensor& x, const Tensor& weight, const Tensor& affine, bool relu, bool pool,
+               const std::string& kernel) {
+  return conv_stack(x, {weight}, {affine}, {(relu ? kRelu : 0) | (pool ? kPool : 0)}, kernel);
 }
 
 }  // namespace vgg_fast::cuda

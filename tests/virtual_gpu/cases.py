@@ -154,11 +154,12 @@ def cuda_conv3x3(
     out = channels_last(n, cout, h // 2 if pool else h, w // 2 if pool else w, dtype=x.dtype)
     code, name = DTYPES[x.dtype]
     down, across = (h // 2, w // 2) if pool else ((h + 1) // 2, (w + 1) // 2)
-    blocks = -(-n * down * across * -(-cout // 4) // 128)
+    warps = n * down * -(-across // 4) * -(-cout // 32)
+    packet = 1 if cin * x.element_size() % 32 else 4
     fields = {"x": x, "weight": weight, "affine": affine, "out": out, "n": n, "h": h, "w": w, "cin": cin, "cout": cout}
     arguments = (Conv3x3Args, fields | {"dtype": code, "relu": relu, "pool": pool})
-    entry = ptx_entry(nvcc_ptx(CUDA / "conv3x3.cu", target), f"conv3x3_kernel{name}")
-    launch(entry, (blocks,), [arguments], outputs=["out"], **options)
+    entry = ptx_entry(nvcc_ptx(CUDA / "conv3x3.cu", target), f"conv3x3_kernel{name}Li{packet}E")
+    launch(entry, (-(-warps // 4),), [arguments], outputs=["out"], **options)
     return out
 
 

@@ -205,6 +205,8 @@ def cuda_configuration(stem: str, name: str, dtype: str) -> str:
         return f"{dtype.replace('fp32', 'tf32')} {cuda_cases.TILES[int(numbers[0])]}"
     if stem == "conv3x3_sm90":
         return f"{dtype.replace('fp32', 'tf32')} {numbers[0]}"
+    if stem == "conv3x3":
+        return f"{dtype} x{numbers[0]}"
     function = re.search(r"4cuda\d+(\w+?)_kernel", name)
     return f"{dtype} {function[1]} x{numbers[0]}" if stem == "maxpool2x2" and function else dtype
 

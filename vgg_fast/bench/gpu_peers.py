@@ -12,10 +12,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from vgg_fast import selection
 from vgg_fast.accelerate import accelerate
 from vgg_fast.bench import peers
 from vgg_fast.bench.contest import Engine, Unsuitable
 from vgg_fast.bench.peers import GRAPH, OURS
+from vgg_fast.precision import float32_precision
 
 BENCHMARK = "cudnn.benchmark"
 
@@ -24,7 +26,7 @@ def engines(kernels: Sequence[str] = ("triton", "cuda"), backend: str = "auto") 
     """All of them by name.
 
     Args:
-        kernels: backends of ours, each a contestant of its own.
+        kernels: of ours, each a contestant of its own (:func:`kernels_on`).
         backend: of ours in the CUDA graph.
 
     Example:
@@ -32,8 +34,19 @@ def engines(kernels: Sequence[str] = ("triton", "cuda"), backend: str = "auto") 
         ['cudnn.benchmark', 'cudnn.benchmark, CUDA graph', 'vgg_fast triton', 'vgg_fast, CUDA graph']
     """
     result: dict[str, Engine] = {BENCHMARK: cudnn_benchmark, BENCHMARK + GRAPH: partial(graph, cudnn_benchmark)}
-    result |= {f"{OURS} {kernel}": partial(ours, kernel) for kernel in kernels}
+    result |= {f"{OURS} {kernel}": partial(by_kernel, kernel) for kernel in kernels}
     return {**result, OURS + GRAPH: partial(graph, partial(ours, backend))}
+
+
+def kernels_on(architecture: str) -> list[str]:
+    """What of ours is timed by name on a GPU, by the names for 16-bit tensors (:func:`by_kernel`).
+
+    Example:
+        >>> kernels_on("sm_80"), kernels_on("sm_90")
+        (['triton', 'cuda'], ['triton', 'cuda_wgmma', 'cuda'])
+    """
+    problem = selection.Problem(torch.float16, "cuda", architecture)
+    return [kernel for backend in ("triton", "cuda") for kernel in selection.kernels_of(backend, problem)]
 
 
 def cudnn_benchmark(network: nn.Sequential, x: Tensor) -> Callable[[], Tensor]:
@@ -67,6 +80,16 @@ def ours(backend: str, network: nn.Sequential, x: Tensor) -> Callable[[], Tensor
     if not kernels:
         raise Unsuitable("it runs nothing fused")
     return peers.Contestant(model, torch.contiguous_format).on(x)
+
+
+def by_kernel(kernel: str, network: nn.Sequential, x: Tensor) -> Callable[[], Tensor]:
+    """The accelerated network on one of :func:`kernels_on`; arguments and errors as of :func:`ours`.
+
+    Where fp32 is to be computed in tf32, on the kernel that does what this one does for 16-bit tensors.
+    """
+    in_tf32 = x.dtype is torch.float32 and float32_precision(device_type="cuda") != "highest"
+    name = f"{kernel}_tf32" if in_tf32 and f"{kernel}_tf32" in selection.GPU_KERNELS else kernel
+    return ours(selection.exactly(name), network, x)
 
 
 def graph(of: Engine, network: nn.Sequential, x: Tensor) -> Callable[[], Tensor]:

@@ -32,6 +32,7 @@ _LOOKS = {
     BENCHMARK + GRAPH: ("--c-ov", "#010105", "xx", "D"),
     f"{OURS} triton": ("--c-ours", "#010106", "//", "^"),
     f"{OURS} cuda": ("--c-ours", "#010106", "..", "s"),
+    f"{OURS} cuda_wgmma": ("--c-ours", "#010106", "\\\\", "D"),
     OURS + GRAPH: ("--c-ours", "#010106", "++", "P"),
 }
 _OTHER = ("--c-other", "#010107", "++", "P")
@@ -42,7 +43,7 @@ _VARIABLES |= {_TEXT: "--text", _GRID: "--grid", _PAPER: "--paper"}
 TITLES = {EAGER: "PyTorch eager", CHANNELS_LAST: "PyTorch channels_last", COMPILED: "torch.compile"}
 TITLES |= {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", OURS: "vgg-fast"}
 TITLES |= {BENCHMARK: "cuDNN benchmark mode", BENCHMARK + GRAPH: "cuDNN benchmark mode" + GRAPH}
-TITLES |= {f"{OURS}{rest}": f"vgg-fast{rest}" for rest in (" triton", " cuda", GRAPH)}
+TITLES |= {f"{OURS}{rest}": f"vgg-fast{rest}" for rest in (" triton", " cuda", " cuda_wgmma", GRAPH)}
 
 
 class PlotsUnavailable(Exception):

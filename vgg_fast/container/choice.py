@@ -14,6 +14,7 @@ from vgg_fast import gpu, selection
 from vgg_fast.container.chains import Chain
 from vgg_fast.gpu.tuning import Clock, Place, Question, Tuner, Verdict, disagreement, enabled, untimed
 from vgg_fast.gpu.winners import Winners, default_folder
+from vgg_fast.ops import _self_test, conv_stack
 from vgg_fast.ops._layout import suggests_channels_last
 
 _tuner = Tuner(Winners(default_folder()))
@@ -40,6 +41,33 @@ def device_of(device: torch.device) -> Device:
     """A device of this machine."""
     candidates = partial(selection.candidates_on, device=device)
     return Device(Place(*gpu.place(device.index)), candidates, gpu.clock(device), partial(gpu.capturing, device))
+
+
+def by_name(dtype: torch.dtype, device: torch.device, backend: str) -> tuple[str, str]:
+    """The kernel that a name stands for, and why it is not the one that comes first; on a GPU one that has passed its
+    self test.
+
+    Raises:
+        RuntimeError: as :func:`selection.choose`.
+    """
+    choose = partial(selection.choose, dtype, device, backend)
+    kernel = tested(choose, partial(_fault, dtype=dtype, device=device))
+    if not selection.switched_off(device):
+        return kernel, ""
+    return kernel, selection.passed_over(kernel, backend, selection.problem_on(dtype, device), device)
+
+
+def tested(choose: Callable[[], str], fault: Callable[[str], str | None]) -> str:
+    """What ``choose`` chooses, again where ``fault`` has just switched that off."""
+    kernel = choose()
+    return kernel if fault(kernel) is None else choose()
+
+
+def _fault(kernel: str, dtype: torch.dtype, device: torch.device) -> str | None:
+    if kernel not in selection.GPU_KERNELS:
+        return None
+    failure = partial(_self_test.failure, kernel, dtype, device, conv_stack.run)
+    return _self_test.fault(kernel, dtype, device, failure)
 
 
 def on_gpu(

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from vgg_fast.precision import float32_precision
+
 FLOAT32 = {"fp32": "ieee", "tf32": "tf32"}  # what fp32 tensors are computed in, by the names of reports
 
 
@@ -55,5 +57,4 @@ def float32_name() -> str:
         ...     float32_name()
         'tf32'
     """
-    cudnn: Any = torch.backends.cudnn
-    return "tf32" if cudnn.conv.fp32_precision == "tf32" else "fp32"
+    return "tf32" if float32_precision(device_type="cuda") == "high" else "fp32"

@@ -59,7 +59,7 @@ def _python(
 ) -> Tensor:
     """For devices without a compiled implementation: the kernel that `selection` chooses."""
     # PyTorch leaves out arguments that have their default, hence the defaults once more.
-    name = selection.choose(x.dtype, x.device, kernel)
+    name = selection.choose(x.dtype, x.device, selection.exactly(kernel))
     if name == selection.REFERENCE:
         return reference.conv3x3(x, weight, bias, relu, pool)
     packed, affine = torch.ops.vgg_fast.pack(weight, bias, None, None, None, None, 0.0, name)

@@ -2,7 +2,8 @@
 
 ``program[i]`` (a ``reference.Step``: RELU 1, POOL 2, TAP 4) says what follows convolution i; ``weights`` and
 ``affines`` come from ``pack(..., kernel)``. Intermediate values are rounded to the dtype of x, so the chain has the
-bits of the steps taken one by one. For inference: it has no gradient.
+bits of the steps taken one by one. For inference: it has no gradient. ``kernel`` is the name of a kernel, not of a
+backend: on a GPU ``cuda`` is that kernel and no other, whatever accelerate() takes for the backend of that name.
 
 ``conv_stack_taps`` also returns the values before the pool of every step with TAP, in order; the result comes last.
 Perceptual losses want these: a tap and its pooled value come from one pass over the map.
@@ -53,7 +54,7 @@ def run(x: Tensor, weights: Tensors, affines: Tensors, program: Sequence[int], k
 
         return stack.conv_stack(x, weights, affines, program, precision or "ieee")
     if backend == "cuda":
-        return torch.ops.vgg_fast_cuda.conv_stack_taps(x, weights, affines, program, precision == "tf32")
+        return torch.ops.vgg_fast_cuda.conv_stack_taps(x, weights, affines, program, kernel)
     return reference.conv_stack_taps(x, weights, affines, program)
 
 
@@ -62,7 +63,7 @@ def _python_taps(
     x: Tensor, weights: Tensors, affines: Tensors, program: Sequence[int], kernel: str, channels_last: bool
 ) -> list[Tensor]:
     """For devices without a compiled implementation: the kernel that `selection` chooses."""
-    name = selection.choose(x.dtype, x.device, kernel)
+    name = selection.choose(x.dtype, x.device, selection.exactly(kernel))
     if name != selection.REFERENCE:
         _self_test.require(name, x.dtype, x.device, run)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -98,7 +99,7 @@ def _decomposed(
         return mode.__torch_dispatch__(op, types, args, kwargs)
     from vgg_fast.kernels import stack
 
-    precision = selection.choose(x.dtype, x.device, kernel).partition("_")[2] or "ieee"
+    precision = selection.choose(x.dtype, x.device, selection.exactly(kernel)).partition("_")[2] or "ieee"
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     with mode:
         results = stack.traced(x, weights, affines, program, precision)
@@ -110,9 +111,8 @@ def _is_seen_through(x: Tensor, kernel: str) -> bool:
     if x.device.type != "cuda" or not torch._functorch.config.decompose_custom_triton_ops:
         return False
     # A launch is computed from numbers; a graph for all sizes keeps the op, which computes it at each call.
-    return all(type(size) is int for size in x.shape) and selection.choose(x.dtype, x.device, kernel).startswith(
-        "triton"
-    )
+    fixed = all(type(size) is int for size in x.shape)
+    return fixed and selection.choose(x.dtype, x.device, selection.exactly(kernel)).startswith("triton")
 
 
 for _name in ("conv_stack", "conv_stack_taps"):

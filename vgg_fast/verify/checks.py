@@ -11,21 +11,17 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from vgg_fast import gpu, library, ops, reference, selection, testing
+from vgg_fast.bench import peers
 from vgg_fast.bench.peers import Layer
 from vgg_fast.reference import Step
 from vgg_fast.verify.layers import Network
 from vgg_fast.verify.verdicts import FORMATS, DeviceLost, Problem, Row
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class Unavailable(RuntimeError):
-    """A device or kernel was named that is not here."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -36,12 +32,23 @@ class Interrupted(KeyboardInterrupt):
         self.rows = rows
 
 
+def gradient(pool: Callable[[Tensor], Tensor], grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient in ``x`` of ``pool(x)``, by autograd, where ``grad`` is that in its result."""
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        return torch.autograd.grad(pool(x), x, grad)[0]
+
+
+_BACKWARD = partial(gradient, ops.maxpool2x2.maxpool2x2)
+
+
 @dataclass(frozen=True)
 class Ops:
     """The callables to be verified, by default the registered ops; a test puts a wrong one in their place."""
 
     conv3x3: Callable[..., Tensor] = ops.conv3x3.conv3x3
     maxpool2x2: Callable[..., Tensor] = ops.maxpool2x2.maxpool2x2
+    maxpool2x2_backward: Callable[..., Tensor] = _BACKWARD
     pack: Callable[..., tuple[Tensor, Tensor]] = torch.ops.vgg_fast.pack
     conv_stack: Callable[..., Tensor] = torch.ops.vgg_fast.conv_stack
     conv_stack_taps: Callable[..., list[Tensor]] = torch.ops.vgg_fast.conv_stack_taps
@@ -60,7 +67,7 @@ def verify(
     *,
     only: Sequence[str] = (),
     shapes: Sequence[testing.Shape] = testing.SHAPES,
-    dtypes: Sequence[torch.dtype] = DTYPES,
+    dtypes: Sequence[torch.dtype] = tuple(peers.DTYPES.values()),
     layers: Sequence[Layer] = (),
     batches: Sequence[int] = (1, 32),
     checked: Ops | None = None,
@@ -82,7 +89,7 @@ def verify(
         One :class:`Row` per op, kernel and dtype, those that do not run here with the reason.
 
     Raises:
-        Unavailable: another device, one that is not there, or a kernel that does not exist on it.
+        gpu.Unavailable: another device, one that is not there, or a kernel that does not exist on it.
         Interrupted: Ctrl-C; it has the rows.
 
     Example:
@@ -90,21 +97,19 @@ def verify(
         >>> {row.result for row in rows} <= {"ok", "not here"}
         True
     """
-    where = _device(device)
+    where = gpu.named(device)
     names = kernels(where.type)
     for name in only:
         if name not in names:
-            raise Unavailable(f"there is no kernel {name!r} on {where.type}; its kernels are {', '.join(names)}")
+            raise gpu.Unavailable(f"there is no kernel {name!r} on {where.type}; its kernels are {', '.join(names)}")
     run = _Run(checked or Ops(), where, only or names, not only, layers, batches)
     total, done = len(dtypes) * (len(shapes) + len(layers) * len(batches)), 0
     try:
-        # A kernel's name means ieee; that PyTorch allows tf32 by default would make another one of it.
-        with gpu.float32("ieee"):
-            for dtype in dtypes:
-                for _ in run.steps(dtype, shapes):
-                    done += 1
-                    if on_progress:
-                        on_progress(done, total)
+        for dtype in dtypes:
+            for _ in run.steps(dtype, shapes):
+                done += 1
+                if on_progress:
+                    on_progress(done, total)
     except KeyboardInterrupt:
         raise Interrupted(run.rows) from None
     except DeviceLost as error:
@@ -177,34 +182,36 @@ class _Run:
             network.check_chain(batch, row)
 
 
-def _pools(checked: Ops, device: torch.device, dtype: str) -> list[tuple[Row, Callable[[Tensor], Tensor]]]:
-    """Rows of the pool, and what to call: the op; on a GPU also the kernel of each family, whichever the op takes."""
+# What is right for each op of the pool, and who has kernels for it on a GPU.
+_POOLS: dict[str, Callable[..., Tensor]] = {
+    "maxpool2x2": reference.maxpool2x2,
+    "maxpool2x2_backward": partial(gradient, reference.maxpool2x2),
+}
+_POOL_KERNELS = [("maxpool2x2", "triton"), ("maxpool2x2", "cuda"), ("maxpool2x2_backward", "cuda")]
+
+
+def _pools(checked: Ops, device: torch.device, dtype: str) -> list[tuple[Row, Callable[..., Tensor]]]:
+    """Rows of the pool, and what to call: the ops; on a GPU also the kernels of each family, whichever the ops take."""
     name = "reference" if device.type == "cpu" and library.missing("_C") else device.type
-    result = [(Row("maxpool2x2", "auto" if device.type == "cuda" else name, dtype), checked.maxpool2x2)]
-    if device.type != "cuda":
-        return result
-    for kernel in ("triton", "cuda"):
-        row = Row("maxpool2x2", kernel, dtype, absent=_absent(torch.float32, device, kernel))
+    name = "auto" if device.type == "cuda" else name
+    result = [(Row(op, name, dtype), getattr(checked, op)) for op in _POOLS]
+    for op, kernel in _POOL_KERNELS if device.type == "cuda" else ():
+        row = Row(op, kernel, dtype, absent=_absent(torch.float32, device, kernel))
+        pool = getattr(checked, op)  # of an absent row nothing is called
         if kernel == "triton" and not row.absent:
-            from vgg_fast.kernels.maxpool2x2 import maxpool2x2 as pool
+            from vgg_fast.kernels.maxpool2x2 import maxpool2x2
+
+            pool = maxpool2x2
         elif not row.absent:
-            pool = torch.ops.vgg_fast_cuda.maxpool2x2
-        result.append((row, checked.maxpool2x2 if row.absent else pool))
+            pool = getattr(torch.ops.vgg_fast_cuda, op)
+        result.append((row, pool))
     return result
-
-
-def _device(name: str) -> torch.device:
-    if name not in ("cpu", "cuda"):
-        raise Unavailable(f"there are no kernels for device {name!r}; choose cpu or cuda")
-    if name == "cuda" and (reason := gpu.lacking()):
-        raise Unavailable(f"{reason}; --device cpu verifies the CPU kernels")
-    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
 def _absent(dtype: torch.dtype, device: torch.device, kernel: str) -> str:
     """Why a kernel does not run this dtype here, in a line; empty if it does."""
     try:
-        chosen = selection.choose(dtype, device, kernel)
+        chosen = selection.choose(dtype, device, selection.exactly(kernel))
     except RuntimeError as error:
         return str(error).splitlines()[0]
     return "" if chosen == kernel else f"{chosen} runs in its place"
@@ -287,9 +294,9 @@ def _check_linear(checked: Ops, dtype: torch.dtype, device: torch.device, kernel
 
 
 def _check_maxpool(
-    pool: Callable[[Tensor], Tensor], shape: testing.Shape, dtype: torch.dtype, device: torch.device, row: Row
+    pool: Callable[..., Tensor], shape: testing.Shape, dtype: torch.dtype, device: torch.device, row: Row
 ) -> None:
-    """Random values, ties, and NaN and infinities sprinkled over them."""
+    """Random values, ties, and NaN and infinities sprinkled over them; for the gradient, random ones of the result."""
     if row.absent or min(shape.h, shape.w) < 2:
         return
     size = (shape.n, shape.cin, shape.h, shape.w)
@@ -302,8 +309,10 @@ def _check_maxpool(
         "ties": testing.integer_tensor(*size, limit=1, dtype=dtype),
         "NaN and infinities": special,
     }
+    grad = testing.random_tensor(shape.n, shape.cin, shape.h // 2, shape.w // 2, seed=1, dtype=dtype)
     for what, x in inputs.items():
-        expected = reference.maxpool2x2(x)
+        tensors = [x] if row.op == "maxpool2x2" else [grad, x]
+        expected = _POOLS[row.op](*tensors)
         for memory_format in FORMATS:
-            actual = pool(x.contiguous(memory_format=memory_format).to(device))
+            actual = pool(*(t.contiguous(memory_format=memory_format).to(device) for t in tensors))
             row.equal(actual, expected, f"{shape.name} {what}")
