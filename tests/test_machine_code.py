@@ -111,7 +111,7 @@ def test_cuda(sm: int) -> None:
     forms = ("maxpool2x2 x1", "maxpool2x2 x{}", "maxpool2x2_columns x{}", "maxpool2x2_backward x1")
     forms += ("maxpool2x2_backward x{}", "maxpool2x2_backward_columns x{}")
     wanted = {("cuda block1", dtype) for dtype in ("fp16", "bf16")}
-    hopper = {("cuda conv3x3_sm90", f"{dtype} {rows}") for dtype in ("fp16", "bf16") for rows in HEIGHTS}
+    hopper = {("cuda conv3x3_sm90", f"{dtype} {rows}") for dtype in ("fp16", "bf16", "tf32") for rows in HEIGHTS}
     wanted |= hopper if sm == 90 else set()
     for dtype, packet in (("fp32", 4), ("fp16", 8), ("bf16", 8)):
         wanted |= {("cuda conv3x3", f"{dtype} x{elements}") for elements in (1, 4)}

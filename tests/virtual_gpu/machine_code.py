@@ -204,7 +204,7 @@ def cuda_configuration(stem: str, name: str, dtype: str) -> str:
     if stem == "conv3x3_mma":
         return f"{dtype.replace('fp32', 'tf32')} {cuda_cases.TILES[int(numbers[0])]}"
     if stem == "conv3x3_sm90":
-        return f"{dtype} {numbers[0]}"
+        return f"{dtype.replace('fp32', 'tf32')} {numbers[0]}"
     if stem == "conv3x3":
         return f"{dtype} x{numbers[0]}"
     function = re.search(r"4cuda\d+(\w+?)_kernel", name)
