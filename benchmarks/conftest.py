@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from vgg_fast.bench import measure
+from vgg_fast.bench import host
 from vgg_fast.bench.contest import Contest
 from vgg_fast.bench.measure import Timing
 from vgg_fast.bench.peers import CHANNELS_LAST, COMPILED, DTYPES, EAGER, LAYERS, OURS
@@ -123,16 +123,16 @@ def report(benchmark: Any, measured: Any) -> Callable[..., None]:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    machine_info["vgg_fast"] = measure.machine()
+    machine_info["vgg_fast"] = host.describe()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     path = session.config.getoption("--csv")
     if path:
         rows: list[dict[str, Any]] = session.config.stash.get(_rows, [])
-        measure.write_csv(path, rows)
+        host.write_csv(path, rows)
 
 
 def pytest_report_header() -> str:
-    here = measure.machine()
+    here = host.describe()
     return f"vgg-fast: {here['cpu']}, {here['threads']} threads, torch {torch.__version__}, commit {here['commit']}"

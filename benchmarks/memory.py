@@ -92,7 +92,7 @@ def main(
     csv: Annotated[Path, typer.Option(help="Where the rows go.")] = Path("build/memory.csv"),
 ) -> None:
     """Peak extra memory of inference, and the ratio to eager's; writes a CSV."""
-    from vgg_fast.bench import measure
+    from vgg_fast.bench import host
 
     for name in dtype.split(","):
         if name not in DTYPES:
@@ -110,7 +110,7 @@ def main(
             for who, megabytes in peaks.items():
                 place = {"problem": f"features {size}", "precision": name, "batch": images, "contestant": who}
                 rows.append({**place, "peak_extra_megabytes": round(megabytes, 2), "ratio_of_ours": round(ratio, 4)})
-    measure.write_csv(csv, rows)
+    host.write_csv(csv, rows)
     print(f"wrote {csv}")
 
 

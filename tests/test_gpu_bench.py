@@ -18,7 +18,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from vgg_fast import gpu
-from vgg_fast.bench import contest, gpu_peers, measure, peers, report, roofline
+from vgg_fast.bench import contest, gpu_peers, host, peers, report, roofline
 from vgg_fast.bench.peers import GRAPH, OURS
 from vgg_fast.cli import app
 from vgg_fast.cli.bench import Measured
@@ -153,9 +153,9 @@ def test_the_contestants_of_a_gpu():
     assert all(0 < row["returns_ms"] <= row["done_ms"] for row in launches)
 
 
-@pytest.mark.parametrize(("dtype", "name"), [(torch.float16, "=cuda"), (torch.float32, "cuda")])
+@pytest.mark.parametrize(("dtype", "name"), [(torch.float16, "=cuda"), (torch.float32, "=cuda_tf32")])
 def test_a_kernel_by_name_is_that_kernel_where_a_backend_stands_for_another(dtype, name):
-    """On Hopper the backend `cuda` would be cuda_wgmma's second row in 16 bits, but is cuda_tf32 for fp32."""
+    """On Hopper the backend `cuda` would be a second row of cuda_wgmma(_tf32); fp32 is in tf32 by default."""
     network, x = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1)).to(dtype), torch.ones(1, 3, 8, 8, dtype=dtype)
     with pytest.raises(contest.Unsuitable, match=f"backend '{name}' cannot run this: it runs on cuda, not cpu"):
         gpu_peers.by_kernel("cuda", network, x)
@@ -306,7 +306,7 @@ def test_the_page_of_verdicts_shows_what_is_wrong_absent_and_too_large():
         Row("layers, batch 32", "cuda", "float32", 12, 3, 0.5, 0.5, unjudged=["conv1_2, batch 32: out of memory"]),
         Row("conv3x3", "cuda_tf32", "float16", absent="kernel 'cuda_tf32' takes float32"),
     ]
-    page = parity_report.page(rows, measure.machine(), "vgg-fast verify --device cuda", interrupted=True)
+    page = parity_report.page(rows, host.describe(), "vgg-fast verify --device cuda", interrupted=True)
     assert "52 results were checked, 30 are wrong." in page
     assert page.count("ragged &lt;b&gt;") == 20, "a kernel that is wrong is wrong often"
     for text in ("Interrupted:", "conv1_2, batch 32: out of memory", "takes float32", "7.50", "--device cuda"):
@@ -333,7 +333,7 @@ def test_shares_of_the_roofline_launches_and_clocks_are_in_the_report():
     launches = [{**clocks, "contestant": OURS, "returns_ms": 0.15, "done_ms": 0.2}]
     results = report.Results(
         [*rows, *whole],
-        {**measure.machine(), "gpu": "NVIDIA H100 80GB HBM3", "capability": "9.0"},
+        {**host.describe(), "gpu": "NVIDIA H100 80GB HBM3", "capability": "9.0"},
         sheet,
         measured=roofline.Ceilings({"fp32": 6e4, "fp16": 8e5}, 3000.0, "measured"),
         launches=launches,
@@ -363,5 +363,5 @@ def test_shares_of_the_roofline_launches_and_clocks_are_in_the_report():
 
 def test_the_share_of_tf32_is_of_its_own_peak():
     row = gpu_row(OURS, 0.1, "tf32")
-    results = report.Results([row], measure.machine(), roofline.data_sheet("NVIDIA A100-SXM4-80GB"))
+    results = report.Results([row], host.describe(), roofline.data_sheet("NVIDIA A100-SXM4-80GB"))
     assert report.shares(row, results) == {"share_of_roofline": round(3.7 / 156e3 * 1e3 / 0.1, 4)}

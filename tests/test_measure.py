@@ -15,7 +15,7 @@ from torch import nn
 
 from vgg_fast import models
 from vgg_fast.accelerate import accelerate
-from vgg_fast.bench import contest, measure, peers
+from vgg_fast.bench import contest, host, peers
 from vgg_fast.bench.measure import Timing, interleave, ratio_to_best
 
 TINY = peers.Layer("tiny", 16, 32, 12, True)
@@ -93,25 +93,25 @@ def git(folder, *arguments):
 
 
 def test_commit_is_that_of_our_own_checkout(tmp_path):
-    assert measure.commit(tmp_path) is None
+    assert host.commit(tmp_path) is None
     git(tmp_path, "init")
     (tmp_path / "readme").write_text("someone's project")
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-m", "theirs")
-    assert measure.commit(tmp_path) is None, "a repository that is not ours, around an installed package"
+    assert host.commit(tmp_path) is None, "a repository that is not ours, around an installed package"
     (tmp_path / "setup.py").touch()
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-m", "ours")
-    commit = measure.commit(tmp_path)
+    commit = host.commit(tmp_path)
     assert commit is not None
     assert len(commit) == 40
     (tmp_path / "setup.py").write_text("# edited")
-    assert measure.commit(tmp_path) == f"{commit}-dirty"
+    assert host.commit(tmp_path) == f"{commit}-dirty"
 
 
 def test_csv_rows_carry_the_machine(tmp_path):
     path = tmp_path / "times.csv"
-    measure.write_csv(path, [{"contestant": "a", "ms": 1.5}, {"contestant": "b", "extra": "x"}])
+    host.write_csv(path, [{"contestant": "a", "ms": 1.5}, {"contestant": "b", "extra": "x"}])
     rows = list(csv.DictReader(path.open()))
     assert [row["contestant"] for row in rows] == ["a", "b"]
     assert rows[0]["ms"] == "1.5"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.virtual_gpu import cuda_cases
+from tests.virtual_gpu.sm90 import HEIGHTS
 from vgg_fast import reference, selection
 from vgg_fast.kernels.configs import Architecture
 from vgg_fast.ops._self_test import CHAINS, chains_of, failure, pool_failure, require
@@ -96,7 +97,7 @@ def names_of(layer: cuda_cases.LayerPlan) -> set[str]:
     if layer.kernel == cuda_cases.HOPPER:
         cut = layer.hopper
         parts = {"whole": cut.whole > 0, "half": cut.items > cut.whole, "split": cut.split > 1}
-        return {f"wgmma, {part}" for part, is_there in parts.items() if is_there}
+        return {f"wgmma {cut.rows}", *(f"wgmma, {part}" for part, is_there in parts.items() if is_there)}
     if layer.kernel == cuda_cases.TENSOR_CORES:
         return {f"mma {cuda_cases.TILES[layer.plan.tile]}", *(["mma, split"] if layer.plan.split > 1 else [])}
     return {"plain, tap and pool" if layer.step & 6 == 6 else "plain"}
@@ -122,9 +123,11 @@ def test_every_cuda_kernel_that_a_gpu_may_be_given_is_tested(gpu):
     assert MMA - {"mma, split"} == {f"mma {tile}" for tile in cuda_cases.TILES}
     assert reached("cuda", torch.float32, gpu) == PLAIN
     assert reached("cuda_tf32", torch.float32, gpu) == PLAIN | MMA
+    on_hopper = {"wgmma, whole", "wgmma, half", "wgmma, split"} | {f"wgmma {rows}" for rows in HEIGHTS}
+    on_hopper = on_hopper if gpu.sm == 90 else set()
+    assert reached("cuda_wgmma_tf32", torch.float32, gpu) == PLAIN | MMA | on_hopper
     for dtype in (torch.float16, torch.bfloat16):
         assert reached("cuda", dtype, gpu) == PLAIN | MMA | {"block1"}
-        on_hopper = {"wgmma, whole", "wgmma, half", "wgmma, split"} if gpu.sm == 90 else set()
         assert reached("cuda_wgmma", dtype, gpu) == PLAIN | MMA | {"block1"} | on_hopper
 
 

@@ -10,7 +10,7 @@ import torch
 
 from vgg_fast import gpu, reference, selection, testing
 from vgg_fast.bench import peers
-from vgg_fast.verify.checks import Interrupted, Ops, Unavailable, kernels, verify
+from vgg_fast.verify.checks import Interrupted, Ops, kernels, verify
 from vgg_fast.verify.verdicts import Row
 
 SHAPES = [testing.shape(name) for name in ("rgb_odd", "one_row", "two")]
@@ -297,13 +297,13 @@ def test_only_the_named_kernels():
 
 
 def test_unknown_names_say_what_there_is():
-    with pytest.raises(Unavailable, match=f"no kernel 'neon'.*{kernels('cpu')[0]}"):
+    with pytest.raises(gpu.Unavailable, match=f"no kernel 'neon'.*{kernels('cpu')[0]}"):
         verify(only=["neon"])
-    with pytest.raises(Unavailable, match="cpu or cuda"):
+    with pytest.raises(gpu.Unavailable, match="cpu or cuda"):
         verify("tpu")
 
 
 @pytest.mark.skipif(gpu.lacking() is None, reason="this machine has a CUDA device")
 def test_cuda_without_a_gpu_is_said_clearly():
-    with pytest.raises(Unavailable, match="no CUDA device"):
+    with pytest.raises(gpu.Unavailable, match="no CUDA device"):
         verify("cuda")

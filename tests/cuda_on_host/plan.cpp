@@ -30,12 +30,12 @@ __attribute__((visibility("default"))) int mma_weight_stages() { return kMmaWeig
 
 __attribute__((visibility("default"))) int mma_halo_stages() { return kMmaHaloStages; }
 
-// What conv_stack (csrc/cuda/conv_stack.cpp) decides about a chain: chain[i] has dtype, sizes and step, and gets the
-// rest.
+// What conv_stack (csrc/cuda/conv_stack.cpp) decides about a chain: chain[i] has dtype, sizes, step and alignment, and
+// gets the rest.
 __attribute__((visibility("default"))) void plan_chain_for(Layer* chain, int count, int family, int sm,
                                                            int multiprocessors) {
   std::vector<Layer> layers(chain, chain + count);
-  for (Layer& layer : layers) choose_kernel(layer, true, static_cast<Family>(family), {sm, multiprocessors});
+  for (Layer& layer : layers) choose_kernel(layer, static_cast<Family>(family), {sm, multiprocessors});
   fuse_first_block(layers);
   std::copy(layers.begin(), layers.end(), chain);
 }

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vgg_fast import fold, gpu, testing
-from vgg_fast.bench import measure, peers
+from vgg_fast.bench import failures, measure, peers
 from vgg_fast.bench.measure import Timing
 from vgg_fast.bench.peers import CHANNELS_LAST, EAGER, OURS, Agreement, Contestant, Layer
 
@@ -282,10 +282,10 @@ def _why(error: Exception) -> str:
     Raises:
         Exception: the error itself, if nobody can go on after it.
     """
-    if measure.device_lost(error):
+    if failures.device_lost(error):
         raise error
-    if measure.out_of_memory(error):
-        measure.free_memory()
+    if failures.out_of_memory(error):
+        failures.free_memory()
         return "out of memory"
     return f"it raised {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 

@@ -21,7 +21,7 @@ class Results:
 
     Attributes:
         rows: of :meth:`vgg_fast.bench.contest.Contest.rows`; those with ``gflop_per_image`` are single layers.
-        machine: of :func:`vgg_fast.bench.measure.machine`, and whatever else belongs beside it.
+        machine: of :func:`vgg_fast.bench.host.describe`, and whatever else belongs beside it.
         ceilings: of this machine, or None.
         measured: ceilings measured on a GPU whose ``ceilings`` are its data sheet's.
         launches: of :meth:`vgg_fast.bench.contest.Contest.launches`.

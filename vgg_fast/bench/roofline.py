@@ -15,7 +15,7 @@ from functools import partial
 import torch
 
 from vgg_fast import gpu
-from vgg_fast.bench import measure
+from vgg_fast.bench import failures
 
 
 @dataclass(frozen=True)
@@ -135,9 +135,9 @@ def measure_ceilings(
                 with gpu.float32(setting):
                     seconds = _product(side, dtype, repeats, device)
             except RuntimeError as error:
-                if not measure.out_of_memory(error):
+                if not failures.out_of_memory(error):
                     raise
-                measure.free_memory()
+                failures.free_memory()
                 break
             gflops[name] = max(gflops.get(name, 0.0), 2e-9 * side**3 / seconds)
     source = torch.ones(copied_mb * 250_000, device=device)

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from vgg_fast import gpu, selection
 from vgg_fast.accelerate import accelerate
-from vgg_fast.bench import contest, gpu_peers, measure, peers, plots, roofline
+from vgg_fast.bench import contest, failures, gpu_peers, host, peers, plots, roofline
 from vgg_fast.bench import report as html_report
 from vgg_fast.bench.contest import Contest
 from vgg_fast.bench.peers import EAGER, OURS
@@ -103,7 +103,7 @@ class Measured:
     interrupted: bool = False
 
     def __post_init__(self) -> None:
-        self.machine = {**measure.machine(), **gpu.describe(self.device)}
+        self.machine = {**host.describe(), **gpu.describe(self.device)}
 
     def results(self) -> html_report.Results:
         """As the report takes it."""
@@ -138,17 +138,17 @@ class Measured:
         except contest.Disagreement as error:
             self.failures.append(f"wrong answer: {error}")
         except Exception as error:
-            if measure.out_of_memory(error):
+            if failures.out_of_memory(error):
                 self.left_out.append(("everybody", what, "out of memory"))
             elif self.device.type == "cpu":
                 raise  # a bug; on a GPU there are drivers, compilers and kernels never run there before
             else:
                 self.failures.append(f"{what} raised {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
-                if measure.device_lost(error):
+                if failures.device_lost(error):
                     raise
         finally:
             with suppress(RuntimeError):  # of a GPU that is lost
-                measure.free_memory()
+                failures.free_memory()
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
@@ -259,7 +259,7 @@ def _measure(
                 try:
                     measured.run(what, make, rounds, bar.step)
                 except RuntimeError as error:
-                    if not measure.device_lost(error):
+                    if not failures.device_lost(error):
                         raise
                     measured.left_out += [("everybody", w, "the GPU gave up before") for w, _, _ in todo[number + 1 :]]
                     return
@@ -272,7 +272,7 @@ def _write(measured: Measured, csv: Path | None, report: Path | None) -> None:
     results = measured.results()
     if csv is not None:
         with user_errors(OSError):
-            measure.write_csv(csv, measured.rows)
+            host.write_csv(csv, measured.rows)
     if report is not None:
         write_text(report.with_suffix(".json"), to_json(html_report.as_json(results)))
         write_text(report, html_report.page(results))

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vgg_fast import __version__, gpu, library, selection
-from vgg_fast.bench import measure
+from vgg_fast.bench import host
 from vgg_fast.bench.peers import DTYPES
 from vgg_fast.cli._ui import FAILED, command, dtype_name, print_json, progress, show
 from vgg_fast.gpu import tuning, winners
@@ -57,7 +57,7 @@ def examine() -> list[Finding]:
 
 
 def _versions() -> Iterator[Finding]:
-    commit = measure.commit()
+    commit = host.commit()
     yield Finding("vgg-fast", OK, __version__ + (f", commit {commit}" if commit else ""))
     yield Finding("Python", OK, f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     version = torch.__version__
@@ -83,7 +83,7 @@ def _flags() -> tuple[str, str]:
 def _processor() -> Iterator[Finding]:
     flags, reason = _flags()
     cap = os.environ.get("VGG_FAST_ISA")
-    yield Finding("processor", OK, f"{measure.cpu_name()}, {os.cpu_count()} cores")
+    yield Finding("processor", OK, f"{host.cpu_name()}, {os.cpu_count()} cores")
     if cap and reason and not library.missing("_C"):
         yield Finding("VGG_FAST_ISA", PROBLEM, reason, "unset VGG_FAST_ISA, or set it to one of these")
         return
@@ -197,13 +197,14 @@ def _compilers() -> Iterator[Finding]:
 
 
 def find_nvcc() -> str | None:
-    """The CUDA compiler: on the PATH, in $CUDA_HOME or $CUDA_PATH, in /usr/local/cuda, or from a PyPI package."""
-    if found := shutil.which("nvcc"):
-        return found
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    candidates = [Path(home) / "bin" / "nvcc" for home in homes if home]
-    candidates += [path for folder in sys.path for path in Path(folder).glob("nvidia/*/bin/nvcc")]
-    return next((str(path) for path in candidates if os.access(path, os.X_OK)), None)
+    """The CUDA compiler that an installation would take, in the order of csrc/cuda/build.py (which is not installed):
+    in $CUDA_HOME or $CUDA_PATH, on the PATH, in /usr/local/cuda, from a PyPI package."""
+    candidates = [Path(os.environ[name]) / "bin/nvcc" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    if on_path := shutil.which("nvcc"):
+        candidates.append(Path(on_path))
+    candidates.append(Path("/usr/local/cuda/bin/nvcc"))
+    candidates += [Path(folder) / "nvidia/cu13/bin/nvcc" for folder in sys.path]
+    return next((str(path) for path in candidates if path.is_file()), None)
 
 
 def _first_line(program: str, containing: str = "") -> str:

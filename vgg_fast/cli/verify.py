@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 
 from vgg_fast import gpu
-from vgg_fast.bench import measure, peers
+from vgg_fast.bench import host, peers
 from vgg_fast.cli._ui import (
     FAILED,
     Bar,
@@ -77,8 +77,8 @@ def verify(
     dtypes, where = parse_dtypes(dtype), parse_device(device)
     check_report(report)
     real = peers.LAYERS if layers or (layers is None and where.type == "cuda") else ()
-    interrupted, machine = False, {**measure.machine(), **gpu.describe(where)}
-    with progress("verifying", 1) as bar, user_errors(checks.Unavailable):
+    interrupted, machine = False, {**host.describe(), **gpu.describe(where)}
+    with progress("verifying", 1) as bar, user_errors(gpu.Unavailable):
         try:
             rows = checks.verify(device, only=kernel or (), dtypes=dtypes, layers=real, on_progress=_advance(bar))
         except checks.Interrupted as stopped:

@@ -125,7 +125,8 @@ def _bn_reason(state: dict[str, Any]) -> str | None:
     return None
 
 
-def _of_batch(state: dict[str, Any]) -> bool:
+def uses_batch_statistics(state: dict[str, Any]) -> bool:
+    """Whether a batch norm with this ``__dict__`` normalises with the statistics of the batch."""
     return state["training"] or state["_buffers"]["running_mean"] is None
 
 
@@ -231,7 +232,7 @@ def parse(modules: Sequence[nn.Module]) -> list[Chain | LinearChain | Plain]:
         while (conv := take(nn.Conv2d)) is not None:
             bn, relu, pool = take(nn.BatchNorm2d), take(nn.ReLU), take(nn.MaxPool2d)
             inplace = relu is not None and bool(vars(modules[relu])["inplace"])
-            runs.append(Run(conv, bn, relu, pool, inplace, bn is not None and _of_batch(vars(modules[bn]))))
+            runs.append(Run(conv, bn, relu, pool, inplace, bn is not None and uses_batch_statistics(vars(modules[bn]))))
         while not runs and (linear := take(nn.Linear)) is not None:
             dense.append(LinearRun(linear, take(nn.ReLU)))
             take(nn.Dropout)

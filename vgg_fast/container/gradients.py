@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vgg_fast.container.chains import uses_batch_statistics
 from vgg_fast.container.packs import Pack
 from vgg_fast.ops._layout import suggests_channels_last
 from vgg_fast.ops.conv_stack_backward import sizes, through_gate
@@ -25,7 +26,7 @@ _LAST = torch.channels_last
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedConvolution:
     """The packed weight of one convolution, and what is known of the plain one."""
 
     weight: Tensor
@@ -50,13 +51,13 @@ class Task:
 
     kept: dict[Any, Transposed]  # transposed packs of the chain
     position: int
-    pack: Packed
+    pack: PackedConvolution
     kernel: str
     dtype: torch.dtype
-    relu: bool
-    pool: bool
-    channels_last: bool
-    factor: Tensor | None  # [Cout], of a batch norm that is folded into the convolution
+    relu: bool = False
+    pool: bool = False
+    channels_last: bool = True
+    factor: Tensor | None = None  # [Cout], of a batch norm that is folded into the convolution
     centred: bool = False  # whether batch statistics follow, which no bias can change
 
 
@@ -223,11 +224,7 @@ class FrozenChain(torch.autograd.Function):
 
 def normalises_with(bn: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None]:
     """Running mean and variance where they are what to normalise with, so that autograd watches over them."""
-    return (None, None) if _of_batch(bn) else (bn.running_mean, bn.running_var)
-
-
-def _of_batch(bn: nn.BatchNorm2d) -> bool:
-    return bn.training or (bn.running_mean is None and bn.running_var is None)
+    return (None, None) if uses_batch_statistics(vars(bn)) else (bn.running_mean, bn.running_var)
 
 
 class Normalisation(torch.autograd.Function):

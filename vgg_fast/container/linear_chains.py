@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vgg_fast import selection
 from vgg_fast.container.chains import LinearChain, Sources
-from vgg_fast.container.packs import DTYPES, LinearPack, PackCache, plain_reason
+from vgg_fast.container.packs import FUSED_DTYPES, LinearPack, PackCache, plain_reason
 from vgg_fast.ops.linear import PACKING
 
 # Weights of a chain below which nothing is gained (measured at batch 1 in fp32): up to there they stay in the L2
@@ -106,7 +106,7 @@ def _unfit(layers: Sequence[list[Tensor | None]], x: Tensor, dtype: torch.dtype,
         if bias is not None and bias.shape != (inputs,):
             return f"a bias does not have {inputs} elements"
         for operand in (weight, bias):
-            if operand is not None and operand.dtype != dtype and not (cast and operand.dtype in DTYPES):
+            if operand is not None and operand.dtype != dtype and not (cast and operand.dtype in FUSED_DTYPES):
                 return f"a parameter is {operand.dtype}, the input {dtype}"
     if x.device != (layers[0][0].device if layers[0][0] is not None else None):
         return f"the input is on {x.device}, the weights are not"

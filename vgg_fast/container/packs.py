@@ -28,7 +28,7 @@ from vgg_fast.ops._layout import suggests_channels_last
 if TYPE_CHECKING:  # it imports Triton
     from vgg_fast.kernels.pack import Repacker
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that are fused
+FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _lock = ForkLock()  # held while packing
 
 
@@ -284,7 +284,7 @@ def _unfit(runs: Iterable[list[Tensor | None]], dtype: torch.dtype, cast: bool) 
         if any(v.shape != (cin,) for v in (bias, *vectors) if v is not None):
             return f"a bias or batch-norm vector does not have {cin} elements"
         for operand in (weight, bias):
-            if operand is not None and operand.dtype != dtype and not (cast and operand.dtype in DTYPES):
+            if operand is not None and operand.dtype != dtype and not (cast and operand.dtype in FUSED_DTYPES):
                 return f"a convolution's parameter is {operand.dtype}, the input {dtype}"
         # PyTorch takes batch-norm parameters of the input's dtype, or all fp32 with a half-precision input.
         kinds = {v.dtype for v in vectors}

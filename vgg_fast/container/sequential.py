@@ -24,7 +24,7 @@ import vgg_fast.ops  # noqa: F401  (declares torch.ops.vgg_fast)
 from vgg_fast import selection
 from vgg_fast.container import choice, linear_chains, training
 from vgg_fast.container.chains import Chain, LinearChain, Plain, Plan, output_channels_last
-from vgg_fast.container.packs import DTYPES, Pack, PackCache, Packed
+from vgg_fast.container.packs import FUSED_DTYPES, Pack, PackCache, Packed
 from vgg_fast.ops._layout import suggests_channels_last
 
 _STATE = "_vgg_fast_state"  # plan and packed weights, in the container's __dict__; never copied, pickled or saved
@@ -230,7 +230,7 @@ def _run_chain(
     autocast = device.type in _AUTOCAST and torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else x.dtype
     backend = container.__dict__.get(_BACKEND, "auto")
-    if x.dtype not in DTYPES and (autocast or backend == "auto"):
+    if x.dtype not in FUSED_DTYPES and (autocast or backend == "auto"):
         return f"{x.dtype} is not fused"
     limit = 2 * len(plan.sources) + 2
     if isinstance(chain, LinearChain):

@@ -22,7 +22,7 @@ from vgg_fast.container.gradients import (
     Convolution,
     FrozenChain,
     Normalisation,
-    Packed,
+    PackedConvolution,
     Task,
     Transposed,
     normalises_with,
@@ -31,7 +31,7 @@ from vgg_fast.container.packs import Pack, PackCache
 from vgg_fast.ops._layout import suggests_channels_last
 from vgg_fast.reference import Step
 
-DTYPES = (torch.float32, torch.bfloat16)
+TRAINED_DTYPES = (torch.float32, torch.bfloat16)
 
 # With fewer pixels on its last maps PyTorch trains a chain faster, as packing weights and writing their gradients costs
 # more than computing. Measured for VGG16's features in fp32, whose last convolutions see 1/16 of the image: 0.58 of
@@ -127,7 +127,7 @@ def run_chain(
         dtype: to compute in.
         autocast: whether weights of another dtype are cast to it.
     """
-    if dtype not in DTYPES or kernel not in _cpu_kernels():
+    if dtype not in TRAINED_DTYPES or kernel not in _cpu_kernels():
         return f"gradients or batch statistics of {dtype} by kernel {kernel!r} are left to PyTorch"
     separate = [part.separate() for part in trainable.parts]
     if not any(separate) and trainable.frozen():
@@ -156,12 +156,14 @@ def run_chain(
         conv, bn = part.conv, part.bn
         if own_norm:
             assert isinstance(bn, nn.BatchNorm2d)
-            task = Task(trainable.transposed, i, pack, kernel, dtype, False, False, True, None, part.run.batch)
+            task = Task(trainable.transposed, i, pack, kernel, dtype, centred=part.run.batch)
             x = Convolution.apply(x, conv.weight, conv.bias, task, [None])
             x = Normalisation.apply(x, bn.weight, bn.bias, *normalises_with(bn), bn, relu, pool, inside)
         else:
             factor = None if bn is None else _factor(bn, pack.cout)
-            task = Task(trainable.transposed, i, pack, kernel, dtype, relu, pool, inside, factor)
+            task = Task(
+                trainable.transposed, i, pack, kernel, dtype, relu=relu, pool=pool, channels_last=inside, factor=factor
+            )
             x = Convolution.apply(x, conv.weight, conv.bias, task, [befores[i]])
             befores[i] = None
     return x
@@ -182,7 +184,7 @@ def _run_frozen(
     return FrozenChain.apply(x.to(dtype), task, *(part.conv.weight for part in trainable.parts))
 
 
-def _values(chain: Chain, packs: list[Packed], x: Tensor, kernel: str) -> list[Tensor | None]:
+def _values(chain: Chain, packs: list[PackedConvolution], x: Tensor, kernel: str) -> list[Tensor | None]:
     """Of every run the value before its pool, computed in one call: nothing is packed again between the layers."""
     program: list[int] = [step | Step.TAP for step in chain.program]
     if not chain.program[-1] & Step.POOL:
@@ -195,7 +197,7 @@ def _values(chain: Chain, packs: list[Packed], x: Tensor, kernel: str) -> list[T
 
 def _packs(
     trainable: Trainable, cache: PackCache, separate: list[bool], kernel: str, dtype: torch.dtype, autocast: bool
-) -> list[Packed] | str:
+) -> list[PackedConvolution] | str:
     """The packed weights of every run: those of inference where no batch norm is a node of its own."""
     if not any(separate):
         chains = [(trainable.chain, trainable.sources)]
@@ -210,7 +212,7 @@ def _packs(
             return pack
         for i, (weight, affine) in enumerate(zip(pack.weights, pack.affines, strict=True)):
             cin, cout = pack.channels[i : i + 2]
-            packed.append(Packed(weight, affine, cin, cout, pack.device, pack.channels_last[i]))
+            packed.append(PackedConvolution(weight, affine, cin, cout, pack.device, pack.channels_last[i]))
     return packed
 
 

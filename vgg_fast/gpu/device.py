@@ -58,8 +58,29 @@ def explain_lack(cuda: str | None, hip: str | None, error: str | None) -> str | 
     return f"no CUDA device: CUDA {cuda} does not start: {error.splitlines()[0]}"
 
 
+class Unavailable(RuntimeError):
+    """A device or kernel was named that is not here."""
+
+
+def named(name: str) -> torch.device:
+    """``cpu``, or ``cuda`` (the current one).
+
+    Raises:
+        Unavailable: there is no such device, or no kernel for it.
+
+    Example:
+        >>> named("cpu")
+        device(type='cpu')
+    """
+    if name not in ("cpu", "cuda"):
+        raise Unavailable(f"there are no kernels for device {name!r}; choose cpu or cuda")
+    if name == "cuda" and (reason := lacking()):
+        raise Unavailable(reason)
+    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+
+
 def describe(device: torch.device) -> dict[str, Any]:
-    """What a number measured on ``device`` means nothing without; empty for the CPU, which measure.machine() has."""
+    """What a number measured on ``device`` means nothing without; empty for the CPU, which bench/host.py describes."""
     if device.type != "cuda":
         return {}
     found = torch.cuda.get_device_properties(device)

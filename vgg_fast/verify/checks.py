@@ -17,16 +17,11 @@ import torch
 from torch import Tensor
 
 from vgg_fast import gpu, library, ops, reference, selection, testing
+from vgg_fast.bench import peers
 from vgg_fast.bench.peers import Layer
 from vgg_fast.reference import Step
 from vgg_fast.verify.layers import Network
 from vgg_fast.verify.verdicts import FORMATS, DeviceLost, Problem, Row
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class Unavailable(RuntimeError):
-    """A device or kernel was named that is not here."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -72,7 +67,7 @@ def verify(
     *,
     only: Sequence[str] = (),
     shapes: Sequence[testing.Shape] = testing.SHAPES,
-    dtypes: Sequence[torch.dtype] = DTYPES,
+    dtypes: Sequence[torch.dtype] = tuple(peers.DTYPES.values()),
     layers: Sequence[Layer] = (),
     batches: Sequence[int] = (1, 32),
     checked: Ops | None = None,
@@ -94,7 +89,7 @@ def verify(
         One :class:`Row` per op, kernel and dtype, those that do not run here with the reason.
 
     Raises:
-        Unavailable: another device, one that is not there, or a kernel that does not exist on it.
+        gpu.Unavailable: another device, one that is not there, or a kernel that does not exist on it.
         Interrupted: Ctrl-C; it has the rows.
 
     Example:
@@ -102,11 +97,11 @@ def verify(
         >>> {row.result for row in rows} <= {"ok", "not here"}
         True
     """
-    where = _device(device)
+    where = gpu.named(device)
     names = kernels(where.type)
     for name in only:
         if name not in names:
-            raise Unavailable(f"there is no kernel {name!r} on {where.type}; its kernels are {', '.join(names)}")
+            raise gpu.Unavailable(f"there is no kernel {name!r} on {where.type}; its kernels are {', '.join(names)}")
     run = _Run(checked or Ops(), where, only or names, not only, layers, batches)
     total, done = len(dtypes) * (len(shapes) + len(layers) * len(batches)), 0
     try:
@@ -204,19 +199,13 @@ def _pools(checked: Ops, device: torch.device, dtype: str) -> list[tuple[Row, Ca
         row = Row(op, kernel, dtype, absent=_absent(torch.float32, device, kernel))
         pool = getattr(checked, op)  # of an absent row nothing is called
         if kernel == "triton" and not row.absent:
-            from vgg_fast.kernels.maxpool2x2 import maxpool2x2 as pool
+            from vgg_fast.kernels.maxpool2x2 import maxpool2x2
+
+            pool = maxpool2x2
         elif not row.absent:
             pool = getattr(torch.ops.vgg_fast_cuda, op)
         result.append((row, pool))
     return result
-
-
-def _device(name: str) -> torch.device:
-    if name not in ("cpu", "cuda"):
-        raise Unavailable(f"there are no kernels for device {name!r}; choose cpu or cuda")
-    if name == "cuda" and (reason := gpu.lacking()):
-        raise Unavailable(f"{reason}; --device cpu verifies the CPU kernels")
-    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
 def _absent(dtype: torch.dtype, device: torch.device, kernel: str) -> str:

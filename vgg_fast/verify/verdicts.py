@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vgg_fast import fold, reference, testing
-from vgg_fast.bench import measure
+from vgg_fast.bench import failures
 
 EPILOGUES = ((False, False), (True, False), (False, True), (True, True))  # (relu, pool)
 FORMATS = (torch.contiguous_format, torch.channels_last)
@@ -73,13 +73,13 @@ class Row:
             raise
         except Exception as error:
             said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-            if measure.out_of_memory(error):
+            if failures.out_of_memory(error):
                 self.unjudged.append(f"{what}: out of memory")
-                measure.free_memory()
+                failures.free_memory()
                 return
             self.problems += 1
             self.misses.append(f"{what}: raised {said}")
-            if measure.device_lost(error):
+            if failures.device_lost(error):
                 raise DeviceLost(f"{self.op} by {self.kernel}, {what}: {said}") from error
 
     def equal(self, actual: Tensor, expected: Tensor, what: str) -> None:
