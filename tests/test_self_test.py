@@ -159,6 +159,17 @@ def test_a_kernel_that_fails_is_switched_off_and_says_what_to_do():
     assert kernel.calls == 1
 
 
+def test_a_full_device_says_nothing_of_a_kernel():
+    def full(results: list[Tensor]) -> list[Tensor]:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+            require("imagined kernel on a full device", torch.float16, CPU, Kernel(full))
+    assert selection.why_switched_off("imagined kernel on a full device", CPU) is None
+    require("imagined kernel on a full device", torch.float16, CPU, Kernel())
+
+
 def test_it_works_in_whatever_mode_the_first_call_is_made_and_leaves_the_random_state():
     state = torch.get_rng_state()
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"):

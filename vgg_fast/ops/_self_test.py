@@ -71,7 +71,7 @@ def require(kernel: str, dtype: torch.dtype, device: torch.device, run: Run) -> 
         run: ``run(x, weights, affines, program, kernel)`` gives the taps and the result.
 
     Raises:
-        RuntimeError: it failed, now or before.
+        RuntimeError: it failed, now or before; or the device has no memory left to test it with, some 100 MB.
 
     Warns:
         RuntimeWarning: it failed now; how, and what to do.
@@ -132,6 +132,8 @@ def _chain_failure(
         results = run(x.to(device)[images], packed, [a.to(device) for a in affines], chain.program, kernel)
         results = [y.cpu() for y in results]  # waits, so that what fails on the device fails here
     except Exception as error:
+        if "out of memory" in str(error):  # says nothing of the kernel, which is tested at the next call
+            raise
         return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
     if len(results) != len(expected):
         return f"{len(results)} results instead of {len(expected)}"
