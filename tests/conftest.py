@@ -16,8 +16,9 @@ import vgg_fast  # noqa: F401  (declares the ops)
 
 # The longest files, with empty caches. Two workers take whole files in this order (make test), and so end together.
 LONGEST = (
-    *("test_machine_code", "test_cuda_mma", "test_gpu_kernels", "test_cli", "test_conv3x3_sm90", "test_packaging"),
-    *("test_memory", "test_convert", "test_gpu_bench"),
+    *("test_machine_code", "test_triton_conv3x3", "test_gpu_kernels", "test_peers", "test_cuda_mma", "test_cli"),
+    *("test_sanitize", "test_conv3x3_sm90", "test_packaging", "test_sizes", "test_memory", "test_gpu_bench"),
+    *("test_report", "test_convert", "test_triton_kernels"),
 )
 
 
