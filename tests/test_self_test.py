@@ -97,10 +97,11 @@ def names_of(layer: cuda_cases.LayerPlan) -> set[str]:
     if layer.kernel == cuda_cases.HOPPER:
         cut = layer.hopper
         parts = {"whole": cut.whole > 0, "half": cut.items > cut.whole, "split": cut.split > 1}
-        return {f"wgmma {cut.rows}", *(f"wgmma, {part}" for part, is_there in parts.items() if is_there)}
+        return {f"wgmma {cut.rows}, {part}" for part, is_there in parts.items() if is_there}
     if layer.kernel == cuda_cases.TENSOR_CORES:
         return {f"mma {cuda_cases.TILES[layer.plan.tile]}", *(["mma, split"] if layer.plan.split > 1 else [])}
-    return {"plain, tap and pool" if layer.step & 6 == 6 else "plain"}
+    by_sectors = layer.args.cin * (4 if layer.args.dtype == 0 else 2) % 32 == 0
+    return {"plain by sectors" if by_sectors else "plain", *(["plain, tap and pool"] if layer.step & 6 == 6 else [])}
 
 
 def reached(kernel: str, dtype: torch.dtype, gpu: Architecture) -> set[str]:
@@ -121,9 +122,9 @@ PLAIN = {"plain", "plain, tap and pool"}
 def test_every_cuda_kernel_that_a_gpu_may_be_given_is_tested(gpu):
     """Through the planners that choose on the GPU itself; a new kernel or tile has to be added to these sets."""
     assert MMA - {"mma, split"} == {f"mma {tile}" for tile in cuda_cases.TILES}
-    assert reached("cuda", torch.float32, gpu) == PLAIN
+    assert reached("cuda", torch.float32, gpu) == PLAIN | {"plain by sectors"}
     assert reached("cuda_tf32", torch.float32, gpu) == PLAIN | MMA
-    on_hopper = {"wgmma, whole", "wgmma, half", "wgmma, split"} | {f"wgmma {rows}" for rows in HEIGHTS}
+    on_hopper = {f"wgmma {rows}, {part}" for rows in HEIGHTS for part in ("whole", "half")} | {"wgmma 14, split"}
     on_hopper = on_hopper if gpu.sm == 90 else set()
     assert reached("cuda_wgmma_tf32", torch.float32, gpu) == PLAIN | MMA | on_hopper
     for dtype in (torch.float16, torch.bfloat16):

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "block1_cuda.h"
+#include "conv3x3.cuh"
 #include "layer_cuda.h"
 
 using namespace vgg_fast::cuda;
@@ -24,6 +25,10 @@ __attribute__((visibility("default"))) void args_for(const MmaProblem* problem, 
 
 __attribute__((visibility("default"))) void plan_block1_for(int64_t n, int64_t h, int64_t w, MmaPlan* plan) {
   *plan = plan_block1(n, h, w);
+}
+
+__attribute__((visibility("default"))) int64_t plain_blocks_for(const Conv3x3Args* args) {
+  return (conv3x3_items(*args) + kThreads - 1) / kThreads;
 }
 
 __attribute__((visibility("default"))) int mma_weight_stages() { return kMmaWeightStages; }

@@ -53,10 +53,14 @@ def planner() -> ctypes.CDLL:
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         raise FileNotFoundError("no C++ compiler on the PATH to compile csrc/cuda/*_plan.cpp with")
-    sources = [*sorted(CUDA.glob("*_plan.cpp")), ROOT / "tests" / "cuda_on_host" / "plan.cpp"]
-    options = ["-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-I", str(CUDA)]
-    loaded = ctypes.CDLL(str(compiled([compiler, *options, *sources], [*sources, *CUDA.glob("*.h")], ".so")))
+    on_host = ROOT / "tests" / "cuda_on_host"
+    sources = [*sorted(CUDA.glob("*_plan.cpp")), on_host / "plan.cpp"]
+    options = ["-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    options += ["-I", str(on_host), "-I", str(CUDA)]
+    read = [*sources, *CUDA.glob("*.h"), *CUDA.glob("*.cuh"), *on_host.glob("*.h")]
+    loaded = ctypes.CDLL(str(compiled([compiler, *options, *sources], read, ".so")))
     loaded.mma_unsupported_for.restype = ctypes.c_char_p
+    loaded.plain_blocks_for.restype = ctypes.c_int64
     return loaded
 
 

@@ -14,7 +14,7 @@ its stages in its source.
 from __future__ import annotations
 
 import argparse
-import math
+import ctypes
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -111,7 +111,7 @@ def cuda_rows(chain: Chain, batch: int, dtype: torch.dtype, kernel: str, gpu: Ar
 
 
 def _cuda_row(layer: cuda_cases.LayerPlan, gpu: Architecture) -> Row:
-    cut, hopper, a = layer.plan, layer.hopper, layer.args
+    cut, hopper = layer.plan, layer.hopper
     if layer.in_next:
         return Row("block1", "in the next launch", "", 1, 0, 0)
     if layer.kernel == cuda_cases.HOPPER:
@@ -126,9 +126,9 @@ def _cuda_row(layer: cuda_cases.LayerPlan, gpu: Architecture) -> Row:
             name, halos = "block1", 1  # the map between the two convolutions
         tile = f"{cuda_cases.TILES[cut.tile]}, strips of {cut.strip}"
         return Row(name, tile, f"{halos} + {weights}", cut.split, cut.ctas, cut.partial_bytes + cut.counter_bytes)
-    pool = bool(layer.step & Step.POOL)
-    quads = (a.h // 2) * (a.w // 2) if pool else math.ceil(a.h / 2) * math.ceil(a.w / 2)
-    return Row("conv3x3", "2x2 pixels x 4 a thread", "", 1, math.ceil(a.n * quads * math.ceil(a.cout / 4) / 128), 0)
+    layer.args.pool = bool(layer.step & Step.POOL)
+    blocks = cuda_cases.planner().plain_blocks_for(ctypes.byref(layer.args))
+    return Row("conv3x3", "2x2 pixels x 4 a thread", "", 1, blocks, 0)
 
 
 def table(chain: Chain, batch: int, precision: str, gpu: Architecture, kernel: str = "") -> str:
