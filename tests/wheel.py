@@ -158,7 +158,8 @@ def run_suite(python: Path, source: Path) -> None:
     """The CPU tests; pytest prints."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     ignored = [f"--ignore=tests/{name}{'' if name == 'virtual_gpu' else '.py'}" for name in NOT_OF_THE_WHEEL]
-    command = [python, "-m", "pytest", "-q", "-m", "not gpu", *ignored, "tests"]
+    two_workers = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")  # as make test
+    command = [python, "-m", "pytest", "-q", *two_workers, "-m", "not gpu", *ignored, "tests"]
     if code := subprocess.run(command, cwd=source, env=environment).returncode:
         raise SystemExit(f"the CPU tests fail next to the PyTorch of {python} (exit code {code})")
 
