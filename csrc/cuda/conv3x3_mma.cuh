@@ -176,8 +176,8 @@ __device__ void multiply(const MmaArgs& a, const int (&units)[K::kUnits], uint32
   }
 }
 
-// Adds up what the CTAs of a tile have summed, in the order of their numbers, in the last one of them to arrive.
-// Returns whether this is it.
+// Adds up what the CTAs of a tile have summed, in the order of their numbers, in the last one of them to arrive, which
+// has its own part still. Returns whether this is it.
 template <class K>
 __device__ bool join(const MmaArgs& a, int tile, int part, float (&acc)[K::kUnits][K::kColumns][4]) {
   constexpr int kVectors = K::kUnits * K::kColumns;
@@ -196,16 +196,34 @@ __device__ bool join(const MmaArgs& a, int tile, int part, float (&acc)[K::kUnit
   __syncthreads();
   if (!last) return false;
   __threadfence();
+  // So many vectors of a part are under way at once: one by one, each would wait for the part before.
+  constexpr int kTogether = 4;
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    float* c = acc[i / K::kColumns][i % K::kColumns];
-    for (int p = 0; p < a.split; ++p) {
-      const float4 sum = __ldcg(parts + (p * kVectors + i) * K::kThreads);
-      c[0] = p ? c[0] + sum.x : sum.x;
-      c[1] = p ? c[1] + sum.y : sum.y;
-      c[2] = p ? c[2] + sum.z : sum.z;
-      c[3] = p ? c[3] + sum.w : sum.w;
-    }
+  for (int first = 0; first < kVectors; first += kTogether) {
+    float sum[kTogether][4] = {};
+    const auto add = [&](int from, int to) {
+#pragma unroll 1
+      for (int p = from; p < to; ++p) {
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+          const float4 c = __ldcg(parts + (p * kVectors + first + i) * K::kThreads);
+          sum[i][0] += c.x;
+          sum[i][1] += c.y;
+          sum[i][2] += c.z;
+          sum[i][3] += c.w;
+        }
+      }
+    };
+    add(0, part);
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sum[i][e] += acc[(first + i) / K::kColumns][(first + i) % K::kColumns][e];
+    add(part + 1, a.split);
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) acc[(first + i) / K::kColumns][(first + i) % K::kColumns][e] = sum[i][e];
   }
   return true;
 }

@@ -31,6 +31,14 @@ def apply(wrongs: Iterable[Mutant], entry: Entry) -> Entry:
     return replace(entry, code=Code(parse(ptx)[entry.code.name]), ptx=ptx)
 
 
+def one_entry(ptx: str, name: str) -> str:
+    """nvcc's text of several kernels without all but one of them, so that a mutant of it is parsed at once."""
+    header, *kernels = ptx.split(".visible .entry ")
+    (kernel,) = (k for k in kernels if name in k.split("(", 1)[0])
+    last, end = kernels[-1], "\tret;\n\n}\n"
+    return f"{header}.visible .entry {kernel[: kernel.index(end)]}{last[last.index(end) :]}"
+
+
 # Which of the instructions of an opcode are changed, of ``n``. Barriers, waits and fences: all of them, one by one.
 ALL, ENDS, LAST, HALVES = (
     lambda n: range(n),
