@@ -151,6 +151,8 @@ EXTRAS = {
     "peers": ["matplotlib>=3.8", "openvino", "onnx", "onnxruntime", "torchvision"],
 }
 
+SUBPACKAGES = ("ops", "gpu", "container", "models", "bench", "verify", "cli", "kernels")
+
 setup(
     name="vgg-fast",
     version="0.1.0",
@@ -160,7 +162,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["vgg_fast", "vgg_fast.ops", "vgg_fast.cli", "vgg_fast.kernels"],
+    packages=["vgg_fast", *(f"vgg_fast.{name}" for name in SUBPACKAGES)],
     package_dir={"vgg_fast": "vgg_fast", "vgg_fast.kernels": "kernels"},
     package_data={"vgg_fast": ["py.typed"]},
     install_requires=["torch>=2.10", "numpy", "typer", "rich", "pillow", "safetensors"],

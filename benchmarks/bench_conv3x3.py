@@ -7,8 +7,8 @@ from functools import partial
 
 import torch
 
-from vgg_fast import contest
-from vgg_fast.peers import Layer
+from vgg_fast.bench import contest
+from vgg_fast.bench.peers import Layer
 
 
 def test_conv3x3(

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from vgg_fast import contest
+from vgg_fast.bench import contest
 
 
 @pytest.mark.parametrize("part", ["features", "model"])

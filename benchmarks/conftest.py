@@ -4,8 +4,8 @@
 
 pytest-benchmark times one test after the other: minutes lie between contestants, and on a shared machine the load of
 those minutes is what it would compare. Here the first test of a problem measures *all* its contestants in turns
-(vgg_fast.measure.interleave), after the answers have been checked, and each test then replays its own samples through
-pytest-benchmark's clock. So its table, JSON and comparisons show interleaved measurements, per image.
+(vgg_fast.bench.measure.interleave), after the answers have been checked, and each test then replays its own samples
+through pytest-benchmark's clock. So its table, JSON and comparisons show interleaved measurements, per image.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 import torch
 
-from vgg_fast import measure
-from vgg_fast.contest import Contest
-from vgg_fast.measure import Timing
-from vgg_fast.peers import CHANNELS_LAST, COMPILED, DTYPES, EAGER, LAYERS, OURS
+from vgg_fast.bench import host
+from vgg_fast.bench.contest import Contest
+from vgg_fast.bench.measure import Timing
+from vgg_fast.bench.peers import CHANNELS_LAST, COMPILED, DTYPES, EAGER, LAYERS, OURS
 
 _rows = pytest.StashKey[list[dict[str, Any]]]()
 
@@ -123,16 +123,16 @@ def report(benchmark: Any, measured: Any) -> Callable[..., None]:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    machine_info["vgg_fast"] = measure.machine()
+    machine_info["vgg_fast"] = host.describe()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     path = session.config.getoption("--csv")
     if path:
         rows: list[dict[str, Any]] = session.config.stash.get(_rows, [])
-        measure.write_csv(path, rows)
+        host.write_csv(path, rows)
 
 
 def pytest_report_header() -> str:
-    here = measure.machine()
+    here = host.describe()
     return f"vgg-fast: {here['cpu']}, {here['threads']} threads, torch {torch.__version__}, commit {here['commit']}"

@@ -1,7 +1,8 @@
 """ONNX Runtime and OpenVINO as contestants: the plain network as an ONNX graph, and what each needs to be fair.
 
 Fair is: the same weights, the same number of threads, the precision that was asked for, and no instruction set above
-the cap. What cannot be had is a reason to stay away (:class:`vgg_fast.contest.Unsuitable`), never a silent difference.
+the cap. What cannot be had is a reason to stay away (:class:`vgg_fast.bench.contest.Unsuitable`), never a silent
+difference.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vgg_fast.contest import Engine, Unsuitable
+from vgg_fast.bench.contest import Engine, Unsuitable
 
 ONNXRUNTIME, OPENVINO = "onnxruntime", "openvino"
 

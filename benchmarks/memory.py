@@ -43,7 +43,7 @@ def child(contestant: str, dtype: str, batch: int, size: int) -> None:
     """Prints the peak extra memory in megabytes; for a process of its own."""
     import torch
 
-    from vgg_fast import peers
+    from vgg_fast.bench import peers
 
     network = peers.plain_features()
     peers.calibrate(network, torch.randn(1, 3, 32, 32))
@@ -92,7 +92,7 @@ def main(
     csv: Annotated[Path, typer.Option(help="Where the rows go.")] = Path("build/memory.csv"),
 ) -> None:
     """Peak extra memory of inference, and the ratio to eager's; writes a CSV."""
-    from vgg_fast import measure
+    from vgg_fast.bench import host
 
     for name in dtype.split(","):
         if name not in DTYPES:
@@ -110,7 +110,7 @@ def main(
             for who, megabytes in peaks.items():
                 place = {"problem": f"features {size}", "precision": name, "batch": images, "contestant": who}
                 rows.append({**place, "peak_extra_megabytes": round(megabytes, 2), "ratio_of_ours": round(ratio, 4)})
-    measure.write_csv(csv, rows)
+    host.write_csv(csv, rows)
     print(f"wrote {csv}")
 
 

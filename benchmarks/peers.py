@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from vgg_fast.contest import Contest
-    from vgg_fast.scaling import Scaling
+    from vgg_fast.bench.contest import Contest
+    from vgg_fast.bench.scaling import Scaling
 
 # PyTorch's setting of fp32 that belongs to each name; "high" allows three bf16 products in place of one in fp32.
 PRECISIONS = {
@@ -45,7 +45,7 @@ def problems(
     import torch
 
     from benchmarks import steps
-    from vgg_fast import contest, peers, scaling
+    from vgg_fast.bench import contest, peers, scaling
 
     for name in names:
         dtype, setting = getattr(torch, PRECISIONS[name][0]), PRECISIONS[name][1]
@@ -141,7 +141,7 @@ def _run(
     import torch
 
     from benchmarks import engines
-    from vgg_fast import contest, measure, peers, plots, report, roofline, scaling
+    from vgg_fast.bench import contest, host, peers, plots, report, roofline, scaling
 
     if threads:
         torch.set_num_threads(threads)
@@ -180,10 +180,10 @@ def _run(
             times = f"{row['median_ms_per_image']:9.2f} ({row['min_ms_per_image']:.2f}) ms"
             print(f"  {row['contestant']:14}{times}  error {row['relative_error']:.1e}{ratio}", flush=True)
         del each  # before the next network, whose dense layers take half a gigabyte per contestant
-    facts = {**measure.machine(), **{f"{k}_version": v for k, v in engines.versions().items()}, "load_before": load}
+    facts = {**host.describe(), **{f"{k}_version": v for k, v in engines.versions().items()}, "load_before": load}
     facts |= {f"{name}_gflops": round(value, 1) for name, value in ceilings.gflops.items()}
     facts["copy_gbytes_per_s"] = round(ceilings.gbytes, 2)
-    measure.write_csv(csv, [{**row, **{k: v for k, v in facts.items() if k not in row}} for row in rows])
+    host.write_csv(csv, [{**row, **{k: v for k, v in facts.items() if k not in row}} for row in rows])
     command = shlex.join(["python", "-m", "benchmarks.peers", *sys.argv[1:]])
     report.write(path, report.Results(rows, facts, ceilings, left_out, failures, command))
     print(f"wrote {csv} and {path}")

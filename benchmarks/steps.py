@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vgg_fast import peers, testing
-from vgg_fast.contest import Contest, Disagreement, precision_name
-from vgg_fast.peers import CHANNELS_LAST, EAGER, OURS, Contestant
-from vgg_fast.sequential import record
+from vgg_fast import testing
+from vgg_fast.bench import peers
+from vgg_fast.bench.contest import Contest, Disagreement, precision_name
+from vgg_fast.bench.peers import CHANNELS_LAST, EAGER, OURS, Contestant
+from vgg_fast.container.sequential import record
 
 # Of our gradient's error to PyTorch's. More than for a forward: where two values in a pool are nearly equal, rounding
 # decides which of them gets the gradient, and each such decision is an error of the size of the gradient itself. With

@@ -1,5 +1,4 @@
-// Registration only: the CPU implementations of the ops that vgg_fast/ops declares, through PyTorch's stable
-// ABI.
+// Registration only: the CPU implementations of the ops that vgg_fast/ops declares, through PyTorch's stable ABI.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 

@@ -72,8 +72,7 @@ struct Conv3x3Args {
   Output tap;    // the values before pooling as well, if its data is not null
   int64_t h, w;  // of the convolution, before pooling
   int64_t cin_blocks;
-  int64_t last_words;  // words of the last block that hold channels; the others are never multiplied by inf
-                       // or NaN
+  int64_t last_words;  // words of the last block that hold channels; the others are never multiplied by inf or NaN
   int64_t cout;        // channels that exist; the lanes past them are written as zeros
   int64_t taps;        // 9; 1 when x holds the 3x3 neighbourhoods themselves (im2col)
   bool relu, pool;

@@ -9,9 +9,7 @@ import importlib.util
 import mmap
 import os
 import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +17,10 @@ from types import ModuleType
 
 import pytest
 import torch
+from compiled import compiled
 from torch import Tensor
 
-from vgg_fast import gpu_facts, library, testing
+from vgg_fast import gpu, library, testing
 
 # Their threads wait for each other: they run on the virtual GPU (virtual_gpu/test_cuda_*.py), not thread by thread.
 TENSOR_CORES = ("block1.cu", "conv3x3_mma.cu", "conv3x3_sm90.cu")
@@ -46,7 +45,7 @@ FAMILIES = ("triton", "cuda")
 # For a fixture: what runs everywhere, and the same on the GPU where there is one (test_on_gpu.py says so where not).
 KERNELS = [
     *FAMILIES,
-    *(pytest.param(name + ON_A_GPU, marks=pytest.mark.gpu) for name in FAMILIES if gpu_facts.lacking() is None),
+    *(pytest.param(name + ON_A_GPU, marks=pytest.mark.gpu) for name in FAMILIES if gpu.lacking() is None),
 ]
 
 
@@ -65,7 +64,7 @@ def load(name: str) -> GpuKernels:
 
 def on_a_gpu(family: str) -> GpuKernels:
     """The kernels themselves; tensors are taken to the GPU and results are brought back."""
-    if reason := gpu_facts.lacking() or (library.missing("_C_cuda") if family == "cuda" else None):
+    if reason := gpu.lacking() or (library.missing("_C_cuda") if family == "cuda" else None):
         pytest.skip(reason)
     if family == "triton":
         conv3x3 = importlib.import_module("vgg_fast.kernels.conv3x3").conv3x3
@@ -80,8 +79,7 @@ def on_a_gpu(family: str) -> GpuKernels:
         oihw = [there(w).permute(0, 3, 1, 2) for w in weights]
         packed = [torch.ops.vgg_fast.pack(w, None, None, None, None, None, 0.0, family)[0] for w in oihw]
         affines = [there(a) for a in affines]
-        with gpu_facts.float32("ieee"):
-            return torch.ops.vgg_fast.conv_stack(there(x), packed, affines, program, family, True).cpu()
+        return torch.ops.vgg_fast.conv_stack(there(x), packed, affines, program, family, True).cpu()
 
     return GpuKernels(
         lambda x, weight, affine, relu, pool: conv3x3(there(x), there(weight), there(affine), relu, pool).cpu(),
@@ -137,19 +135,18 @@ def cuda_on_host() -> ctypes.CDLL:
         pytest.skip("no C++ compiler on the PATH to compile csrc/cuda for the CPU")
     not_on_host = ("bindings_cuda.cpp", "torch_device.cpp", *TENSOR_CORES)
     sources = [s for s in sorted([*CUDA.glob("*.cu"), *CUDA.glob("*.cpp")]) if s.name not in not_on_host]
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "cuda_on_host.so"
-        command = [
-            *(compiler, "-std=c++17", "-O2", "-shared", "-fPIC", "-fvisibility=hidden"),
-            *("-Wall", "-Werror", "-Wno-unknown-pragmas"),
-            *("-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(TORCH / "include")),
-            *("-I", str(ON_HOST), "-I", str(CUDA), "-x", "c++"),
-            *(str(s) for s in [*sources, ON_HOST / "bindings_host.cpp"]),
-            *("-o", str(library), f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"),
-        ]
-        subprocess.run(command, check=True)
-        torch.ops.load_library(library)
-        loaded = ctypes.CDLL(str(library))
+    sources.append(ON_HOST / "bindings_host.cpp")
+    command = [
+        *(compiler, "-std=c++17", "-O2", "-shared", "-fPIC", "-fvisibility=hidden"),
+        *("-Wall", "-Werror", "-Wno-unknown-pragmas"),
+        *("-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", TORCH / "include"),
+        *("-I", ON_HOST, "-I", CUDA, "-x", "c++", *sources, "-x", "none"),
+        *(f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"),
+    ]
+    read = [*sources, *CUDA.glob("*.h"), *CUDA.glob("*.cuh"), *ON_HOST.rglob("*.h")]
+    library = str(compiled(command, read, ".so"))
+    torch.ops.load_library(library)
+    loaded = ctypes.CDLL(library)
     loaded.launch_conv3x3.restype = loaded.launch_maxpool2x2.restype = ctypes.c_char_p
     return loaded
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from vgg_fast import gpu_facts
+from vgg_fast import gpu
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORTS = ROOT / "build"
@@ -82,4 +82,4 @@ def _run(command: Sequence[str], environment: Mapping[str, str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_all(gpu_facts.lacking(), find_sanitizer(), _run))
+    sys.exit(run_all(gpu.lacking(), find_sanitizer(), _run))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vgg_fast import selection, testing
 from vgg_fast.accelerate import accelerate
-from vgg_fast.sequential import Segment, record
+from vgg_fast.container.sequential import Segment, record
 
 CPU = torch.device("cpu")
 T = TypeVar("T")

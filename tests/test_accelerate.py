@@ -11,7 +11,7 @@ from stacks import check_equal, conv, error_of, fused_copy, fused_names, image, 
 from torch import nn
 
 from vgg_fast.accelerate import accelerate, refresh, restore
-from vgg_fast.sequential import FusedSequential
+from vgg_fast.container.sequential import FusedSequential
 
 
 class Net(nn.Module):

@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector, prune, vector_to_parameters
 
 from vgg_fast.accelerate import accelerate, refresh
-from vgg_fast.packs import PackCache
-from vgg_fast.sequential import _STATE, FusedSequential
+from vgg_fast.container.packs import PackCache
+from vgg_fast.container.sequential import _STATE, FusedSequential
 
 
 def follows(fused: nn.Module, x: torch.Tensor | None = None) -> torch.Tensor:

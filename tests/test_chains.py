@@ -6,7 +6,7 @@ import pytest
 from stacks import changed, conv, norm
 from torch import nn
 
-from vgg_fast.chains import Chain, LinearChain, Plain, child_reason, parse
+from vgg_fast.container.chains import Chain, LinearChain, Plain, child_reason, parse
 from vgg_fast.reference import Step
 
 RELU, POOL = Step.RELU, Step.POOL

@@ -9,11 +9,14 @@ import torch
 from stacks import changed, stack
 from torch import Tensor, nn
 
-from vgg_fast import choice, gpu
-from vgg_fast.chains import Plan
-from vgg_fast.tuning import Place, Question, Tuner, Verdict
-from vgg_fast.winners import Winners
+from vgg_fast import gpu, selection
+from vgg_fast.container import choice
+from vgg_fast.container.chains import Plan
+from vgg_fast.gpu.tuning import Place, Question, Tuner, Verdict
+from vgg_fast.gpu.winners import Winners
+from vgg_fast.ops import _self_test
 
+CPU = torch.device("cpu")
 PLACE = Place("Imagined GPU", "sm_90", 132, (("torch", "2.13"),))
 
 
@@ -148,3 +151,33 @@ def test_an_input_that_pytorch_refuses_is_left_to_it():
     chain = Chain("fast")
     chain.x = image(2, 5, 12, 10)
     assert "PyTorch's own layers raise RuntimeError" in chain.ask().reason
+
+
+class Hopper:
+    """A backend's name on an H100: which kernel it stands for, and what their self tests say."""
+
+    def __init__(self, monkeypatch, *broken: str) -> None:
+        monkeypatch.setattr(selection, "_switched_off", {})
+        self.broken, self.tried = broken, []
+        self.problem = selection.Problem(torch.float16, "cuda", "sm_90")
+
+    def choose(self) -> str:
+        off, kernels = selection.switched_off(CPU), selection.kernels_of("cuda", self.problem)
+        return next((kernel for kernel in kernels if kernel not in off), kernels[0])
+
+    def fault(self, kernel: str) -> str | None:
+        self.tried.append(kernel)
+        reason = "3 of 384 values differ" if kernel in self.broken else None
+        return _self_test.fault(kernel, torch.float16, CPU, lambda: reason)
+
+
+def test_a_kernel_that_fails_at_its_first_use_is_replaced_in_the_same_call(monkeypatch):
+    hopper = Hopper(monkeypatch, "cuda_wgmma")
+    with pytest.warns(RuntimeWarning, match="'cuda_wgmma' failed its self test on cpu, so it is not used: 3 of 384"):
+        assert choice.tested(hopper.choose, hopper.fault) == "cuda"
+    assert choice.tested(hopper.choose, hopper.fault) == "cuda"
+    assert hopper.tried == ["cuda_wgmma", "cuda"]
+    told = selection.passed_over("cuda", "cuda", hopper.problem, CPU)
+    assert told == "runs 'cuda' in place of 'cuda_wgmma', which failed its self test on cpu: 3 of 384 values differ"
+    assert selection.passed_over("cuda", "=cuda", hopper.problem, CPU) == ""
+    assert selection.passed_over("cuda_wgmma", "cuda", hopper.problem, CPU) == ""

@@ -20,10 +20,12 @@ import torch.nn.functional as F
 from PIL import Image
 from typer.testing import CliRunner
 
-from vgg_fast import __version__, peers, selection, winners
+from vgg_fast import __version__, selection
+from vgg_fast.bench import peers
 from vgg_fast.cli import app, photos
 from vgg_fast.cli.demo import top5_agree
-from vgg_fast.weights import save_weights
+from vgg_fast.gpu import winners
+from vgg_fast.models.weights import save_weights
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")

@@ -17,9 +17,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-from vgg_fast import packs
 from vgg_fast.accelerate import refresh
-from vgg_fast.sequential import _STATE
+from vgg_fast.container import packs
+from vgg_fast.container.sequential import _STATE
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 

@@ -11,7 +11,7 @@ import torch
 from stacks import check_equal, check_plain, conv, error_of, fused_copy, image, kernel, layout, norm, run, stack
 from torch import nn
 
-from vgg_fast.sequential import FusedSequential
+from vgg_fast.container.sequential import FusedSequential
 
 # --- empty, tiny, wrong ---------------------------------------------------------------------------------------------
 

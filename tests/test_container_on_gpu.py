@@ -9,9 +9,10 @@ import torch
 from stacks import image, run, stack
 from torch import Tensor, nn
 
-from vgg_fast import choice, selection
+from vgg_fast import selection
 from vgg_fast.accelerate import accelerate
-from vgg_fast.winners import Winners
+from vgg_fast.container import choice
+from vgg_fast.gpu.winners import Winners
 
 BACKENDS = ("triton", "cuda")
 
@@ -44,7 +45,7 @@ def test_a_forward_does_not_wait_for_the_device(backend):
         y, segments = run(fused, x)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert [s.kernel for s in segments] == [backend]
+    assert [s.kernel for s in segments] == [selection.choose(x.dtype, x.device, backend)]
     assert torch.equal(y.float(), run(model, x.float())[0])
 
 
@@ -58,7 +59,7 @@ def test_replays_of_a_graph_follow_the_weights(backend):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y, segments = run(fused, x)
-    assert [s.kernel for s in segments] == [backend]
+    assert [s.kernel for s in segments] == [selection.choose(x.dtype, x.device, backend)]
     for _ in range(2):
         graph.replay()
         assert torch.equal(y.float(), run(model, x.float())[0])
@@ -99,9 +100,10 @@ def test_the_device_is_that_of_the_input(backend):
         pytest.skip("this machine has one CUDA device")
     model, fused, x = on_gpu(backend)
     expected, _ = run(model, x.float())
-    y, segments = run(fused.to("cuda:1"), x.to("cuda:1"))
+    x = x.to("cuda:1")
+    y, segments = run(fused.to("cuda:1"), x)
     assert torch.cuda.current_device() == 0
-    assert [s.kernel for s in segments] == [backend]
+    assert [s.kernel for s in segments] == [selection.choose(x.dtype, x.device, backend)]
     assert torch.equal(y.cpu().float(), expected.cpu())
 
 

@@ -19,10 +19,10 @@ import torch
 from keras_models import h5py, keras, keras_base, keras_head, keras_seed_a, outputs, randomize, save, write_keras2
 
 from vgg_fast import models
-from vgg_fast.convert import convert, read_keras_state
-from vgg_fast.keras_files import read_keras
-from vgg_fast.summary import summary
-from vgg_fast.weights import WeightsError, load_weights, read_weights, save_weights
+from vgg_fast.models.convert import convert, read_keras_state
+from vgg_fast.models.keras_files import read_keras
+from vgg_fast.models.summary import summary
+from vgg_fast.models.weights import WeightsError, load_weights, read_weights, save_weights
 
 # Keras' own calls of NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -123,7 +123,7 @@ def test_the_library_registers_its_ops(library: Path) -> None:
     # In a process of its own: an op can be registered only once.
     done = subprocess.run([sys.executable, "-c", LOAD, str(library)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    tail = "(Tensor x, Tensor weight_ohwi, Tensor affine, bool relu, bool pool, bool tf32=False) -> Tensor"
+    tail = '(Tensor x, Tensor weight_ohwi, Tensor affine, bool relu, bool pool, str kernel="cuda") -> Tensor'
     assert done.stdout.splitlines()[0] == f"vgg_fast_cuda::conv3x3{tail}"
 
 

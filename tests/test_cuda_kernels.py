@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tests.virtual_gpu.cases import Conv3x3Args, Maxpool2x2Args
 from vgg_fast import reference, testing
+from vgg_fast.ops import _self_test
 
 FLOAT16 = 1  # vgg_fast::cuda::DType
 SENTINEL = -1234.0
@@ -206,29 +207,42 @@ def test_the_first_block_is_one_launch(pretend_device: Callable[[int, int], int]
 def test_tensor_cores_multiply_fp32_only_as_tf32(pretend_device: Callable[[int, int], int]) -> None:
     x, weight, affine = torch.ones(1, 64, 6, 6), torch.ones(64, 3, 3, 64), torch.ones(2, 64)
     conv = torch.ops.vgg_fast_cuda_on_host.conv3x3
-    for tf32 in (False, True):
+    for kernel, launches in (("cuda", 0), ("cuda_tf32", 1)):
         pretend_device(80, 108)
-        conv(x, weight, affine, False, False, tf32)
-        assert pretend_device(0, 0) == tf32
+        conv(x, weight, affine, False, False, kernel)
+        assert pretend_device(0, 0) == launches
     pretend_device(75, 40)
     conv(x.half(), weight.half(), affine, False, False)
     assert pretend_device(0, 0) == 0
 
 
-@pytest.mark.parametrize(("sm", "hopper"), [(80, 0), (90, 2), (100, 0), (120, 0)])
-def test_hopper_has_kernels_of_its_own(pretend_device: Callable[[int, int], int], sm: int, hopper: int) -> None:
-    """Also with shared sums, whose memory is that of its plan."""
+@pytest.mark.parametrize(("sm", "kernel", "hopper"), [(90, "cuda_wgmma", 2), (90, "cuda", 0), (100, "cuda_wgmma", 0)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_hopper_has_kernels_of_its_own(
+    pretend_device: Callable[[int, int], int], dtype: torch.dtype, sm: int, kernel: str, hopper: int
+) -> None:
+    """By name alone; also with shared sums, whose memory is that of its plan."""
     sizes = ((64, 128), (128, 128), (128, 24))  # the last has too few channels for its tile
-    weights = [testing.integer_tensor(cout, 3, 3, cin, limit=2, dtype=torch.float16) for cin, cout in sizes]
+    weights = [testing.integer_tensor(cout, 3, 3, cin, limit=2, dtype=dtype) for cin, cout in sizes]
     affines = [torch.stack([torch.full([w.shape[0]], 2.0**-7), torch.ones(w.shape[0])]) for w in weights]
-    x, program = testing.integer_tensor(1, 64, 14, 14, dtype=torch.float16, limit=4), [int(RELU), int(RELU | POOL), 0]
+    x, program = testing.integer_tensor(1, 64, 14, 14, dtype=dtype, limit=4), [int(RELU), int(RELU | POOL), 0]
     stack = torch.ops.vgg_fast_cuda_on_host.conv_stack_taps
     (expected,) = stack(x, weights, affines, program)
     pretend_device(sm, 132)
-    (actual,) = stack(x, weights, affines, program)
+    (actual,) = stack(x, weights, affines, program, kernel if dtype == torch.float16 else f"{kernel}_tf32")
     assert pretend_device(0, 0) == 3
     assert cuda_on_host().hopper_launches() == hopper
     assert torch.equal(actual, expected)
+
+
+def test_the_self_test_runs_through_the_library(pretend_device: Callable[[int, int], int]) -> None:
+    """Its checks, workspace and launches; which kernels and tiles it reaches on which GPU is in test_self_test.py."""
+    stack = torch.ops.vgg_fast_cuda_on_host.conv_stack_taps
+    pretend_device(90, 132)
+    assert _self_test.failure("cuda_wgmma", torch.float16, torch.device("cpu"), stack) is None
+    assert pretend_device(0, 0) > 8
+    assert cuda_on_host().block1_launches() == 1
+    assert cuda_on_host().hopper_launches() > 2
 
 
 def test_an_image_or_weights_that_are_not_aligned_are_two_launches(pretend_device: Callable[[int, int], int]) -> None:
@@ -266,6 +280,10 @@ def test_a_chain_names_what_is_wrong_with_it() -> None:
         run(x, [weight], [affine], [8])
     with pytest.raises(RuntimeError, match="2 weights, 1 affines and 1 program entries"):
         run(x, [weight, weight], [affine], [0])
+    with pytest.raises(
+        RuntimeError, match="no kernel 'cuda_mma'; choose one of cuda, cuda_tf32, cuda_wgmma, cuda_wgmma_tf32"
+    ):
+        run(x, [weight], [affine], [0], "cuda_mma")
     with pytest.raises(RuntimeError, match="the program is empty"):
         run(x, [], [], [])
     with pytest.raises(RuntimeError, match="a 1x1 map is smaller than 2x2"):

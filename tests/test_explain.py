@@ -13,9 +13,9 @@ from torch import nn
 
 from vgg_fast import selection
 from vgg_fast.accelerate import accelerate
+from vgg_fast.container.sequential import _STATE
 from vgg_fast.explain import Row, explain, record
 from vgg_fast.models import cfgs
-from vgg_fast.sequential import _STATE
 
 
 class Mixed(nn.Module):
@@ -216,19 +216,19 @@ def test_packed_weights_are_at_most_twice_the_originals(kernel):
 
 def test_the_times_that_a_kernel_was_chosen_by_are_shown():
     """As on a GPU: each chain once, by its number in the table, however often its container was called."""
+    from vgg_fast.container.sequential import FusedSequential
     from vgg_fast.explain import Explanation, Segment, _timings
-    from vgg_fast.sequential import FusedSequential
 
     layers = FusedSequential(conv(3, 8), nn.Tanh(), conv(8, 8), nn.Tanh(), conv(8, 8))
     segments = [
         Segment(layers, ("0",), "triton", "", "timed: triton 0.4 ms, PyTorch 0.6 ms"),
         Segment(layers, ("1",), None, "Tanh is not a type that is fused"),
         Segment(layers, ("2",), None, "timed: PyTorch 0.2 ms, triton 0.3 ms"),
-        Segment(layers, ("4",), "cuda", "", "timed: cuda 0.1 ms, PyTorch 0.2 ms"),
+        Segment(layers, ("4",), "cuda", "", "runs 'cuda' in place of 'cuda_wgmma', which failed its self test"),
     ]
     timings = tuple(_timings(segments * 2))
     assert timings == (
         "chain 1 timed: triton 0.4 ms, PyTorch 0.6 ms",
-        "chain 2 timed: cuda 0.1 ms, PyTorch 0.2 ms",
+        "chain 2 runs 'cuda' in place of 'cuda_wgmma', which failed its self test",
     )
     assert all(line in str(Explanation((), True, (), timings)).splitlines() for line in timings)

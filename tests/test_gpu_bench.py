@@ -14,17 +14,20 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 from typer.testing import CliRunner
 
-from vgg_fast import contest, gpu_facts, gpu_peers, measure, parity_report, peers, report, roofline
+from vgg_fast import gpu
+from vgg_fast.bench import contest, gpu_peers, host, peers, report, roofline
+from vgg_fast.bench.peers import GRAPH, OURS
 from vgg_fast.cli import app
 from vgg_fast.cli.bench import Measured
-from vgg_fast.peers import GRAPH, OURS
-from vgg_fast.verdicts import Row
+from vgg_fast.verify import report as parity_report
+from vgg_fast.verify.verdicts import Row
 
 CPU = torch.device("cpu")
 TINY = peers.Layer("tiny", 16, 32, 12, True)
-no_gpu = pytest.mark.skipif(gpu_facts.lacking() is None, reason="this machine has a CUDA device")
+no_gpu = pytest.mark.skipif(gpu.lacking() is None, reason="this machine has a CUDA device")
 
 
 # --- why there is no GPU --------------------------------------------------------------------------------------------
@@ -43,14 +46,14 @@ no_gpu = pytest.mark.skipif(gpu_facts.lacking() is None, reason="this machine ha
     ],
 )
 def test_the_reason_why_there_is_no_gpu(cuda, hip, error, said):
-    sentence = gpu_facts.explain_lack(cuda, hip, error)
+    sentence = gpu.explain_lack(cuda, hip, error)
     assert sentence.startswith("no CUDA device: ")
     assert re.search(said, sentence)
     assert "\n" not in sentence
 
 
 def test_with_a_gpu_nothing_is_lacking():
-    assert gpu_facts.explain_lack("13.0", None, None) is None
+    assert gpu.explain_lack("13.0", None, None) is None
 
 
 @no_gpu
@@ -59,32 +62,32 @@ def test_without_a_gpu_one_sentence_and_exit_code_2(command):
     result = CliRunner().invoke(app, [command, "--device", "cuda"])
     assert result.exit_code == 2
     assert result.stdout == ""
-    assert result.stderr.splitlines() == [f"error: {gpu_facts.lacking()}"]
+    assert result.stderr.splitlines() == [f"error: {gpu.lacking()}"]
 
 
 # --- clocks ---------------------------------------------------------------------------------------------------------
 
 
 def test_clocks_of_nvidia_smi():
-    clocks = gpu_facts.parse_clocks("1755, 1980, 2619, 61, 688.40, 700.00, 0x0000000000000024")
+    clocks = gpu.parse_clocks("1755, 1980, 2619, 61, 688.40, 700.00, 0x0000000000000024")
     assert (clocks.sm_mhz, clocks.sm_max_mhz, clocks.celsius, clocks.watts_limit) == (1755, 1980, 61, 700)
     assert clocks.held_back == ("power cap", "too hot (driver)")
-    idle = gpu_facts.parse_clocks("210, 2520, 405, 31, [N/A], [Not Supported], 0x0000000000000001")
+    idle = gpu.parse_clocks("210, 2520, 405, 31, [N/A], [Not Supported], 0x0000000000000001")
     assert idle.watts is None
     assert idle.held_back == ()
-    assert gpu_facts.parse_clocks("0, 0, 0, 0, 0, 0, [N/A]").held_back == ()
+    assert gpu.parse_clocks("0, 0, 0, 0, 0, 0, [N/A]").held_back == ()
     for nonsense in ("", "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.", "1, 2, 3"):
-        assert gpu_facts.parse_clocks(nonsense) is None
-    assert gpu_facts.clocks_under(int, CPU) is None
+        assert gpu.parse_clocks(nonsense) is None
+    assert gpu.clocks_under(int, CPU) is None
 
 
 def test_the_question_is_asked_while_the_work_goes_on():
     calls = []
     slow = [sys.executable, "-c", "import time; time.sleep(0.3); print('1, 2'); print('second GPU')"]
-    assert gpu_facts.said_under(partial(calls.append, None), slow, CPU, least_s=0.0) == "1, 2"
+    assert gpu.said_under(partial(calls.append, None), slow, CPU, least_s=0.0) == "1, 2"
     assert len(calls) > 100, "until the answer came"
-    assert gpu_facts.said_under(int, ["no-such-program"], CPU, 0.0) == ""
-    assert gpu_facts.said_under(int, [sys.executable, "-c", "print('error'); raise SystemExit(6)"], CPU, 0.0) == ""
+    assert gpu.said_under(int, ["no-such-program"], CPU, 0.0) == ""
+    assert gpu.said_under(int, [sys.executable, "-c", "print('error'); raise SystemExit(6)"], CPU, 0.0) == ""
 
 
 # --- roofline -------------------------------------------------------------------------------------------------------
@@ -129,6 +132,8 @@ def test_a_gpu_that_only_resembles_one_is_measured(name):
 
 def test_the_contestants_of_a_gpu():
     """All run here but the graphs, which say why not."""
+    assert gpu_peers.kernels_on("sm_90") == ["triton", "cuda_wgmma", "cuda"]
+    assert gpu_peers.kernels_on("sm_120") == ["triton", "cuda"]
     before = torch.backends.cudnn.benchmark
     engines = gpu_peers.engines(["portable_f32", "triton"])
     result = contest.layer(TINY, torch.float32, 3, engines, device=CPU)
@@ -146,6 +151,14 @@ def test_the_contestants_of_a_gpu():
     launches = result.launches()
     assert [row["contestant"] for row in launches] == list(result.calls)
     assert all(0 < row["returns_ms"] <= row["done_ms"] for row in launches)
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(torch.float16, "=cuda"), (torch.float32, "=cuda_tf32")])
+def test_a_kernel_by_name_is_that_kernel_where_a_backend_stands_for_another(dtype, name):
+    """On Hopper the backend `cuda` would be a second row of cuda_wgmma(_tf32); fp32 is in tf32 by default."""
+    network, x = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1)).to(dtype), torch.ones(1, 3, 8, 8, dtype=dtype)
+    with pytest.raises(contest.Unsuitable, match=f"backend '{name}' cannot run this: it runs on cuda, not cpu"):
+        gpu_peers.by_kernel("cuda", network, x)
 
 
 def test_a_contestant_that_raises_is_left_out_and_the_rest_goes_on():
@@ -176,10 +189,10 @@ def test_tf32_may_be_off_by_what_cut_operands_make():
 def test_settings_of_fp32_can_be_read_by_every_name_and_are_put_back(setting):
     def read():
         backends = torch.backends
-        return gpu_facts.float32_name(), backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+        return gpu.float32_name(), backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
 
     before = read()
-    with gpu_facts.float32(setting):
+    with gpu.float32(setting):
         expected = {"ieee": ("fp32", False, "highest"), "tf32": ("tf32", True, "high"), None: before}[setting]
         assert read() == expected
         assert torch.backends.cuda.matmul.allow_tf32 == (expected[2] == "high")
@@ -187,12 +200,12 @@ def test_settings_of_fp32_can_be_read_by_every_name_and_are_put_back(setting):
 
 
 def test_names_of_precisions():
-    with gpu_facts.float32("tf32"):
+    with gpu.float32("tf32"):
         assert contest.precision_name(torch.float32, torch.device("cuda")) == "tf32"
         assert contest.precision_name(torch.float16, torch.device("cuda")) == "fp16"
-        with gpu_facts.float32(None):
-            assert gpu_facts.float32_name() == "tf32"
-    with gpu_facts.float32("ieee"):
+        with gpu.float32(None):
+            assert gpu.float32_name() == "tf32"
+    with gpu.float32("ieee"):
         assert contest.precision_name(torch.float32, torch.device("cuda")) == "fp32"
     result = CliRunner().invoke(app, ["bench", "--dtype", "tf32"])
     assert result.exit_code == 2
@@ -293,7 +306,7 @@ def test_the_page_of_verdicts_shows_what_is_wrong_absent_and_too_large():
         Row("layers, batch 32", "cuda", "float32", 12, 3, 0.5, 0.5, unjudged=["conv1_2, batch 32: out of memory"]),
         Row("conv3x3", "cuda_tf32", "float16", absent="kernel 'cuda_tf32' takes float32"),
     ]
-    page = parity_report.page(rows, measure.machine(), "vgg-fast verify --device cuda", interrupted=True)
+    page = parity_report.page(rows, host.describe(), "vgg-fast verify --device cuda", interrupted=True)
     assert "52 results were checked, 30 are wrong." in page
     assert page.count("ragged &lt;b&gt;") == 20, "a kernel that is wrong is wrong often"
     for text in ("Interrupted:", "conv1_2, batch 32: out of memory", "takes float32", "7.50", "--device cuda"):
@@ -320,7 +333,7 @@ def test_shares_of_the_roofline_launches_and_clocks_are_in_the_report():
     launches = [{**clocks, "contestant": OURS, "returns_ms": 0.15, "done_ms": 0.2}]
     results = report.Results(
         [*rows, *whole],
-        {**measure.machine(), "gpu": "NVIDIA H100 80GB HBM3", "capability": "9.0"},
+        {**host.describe(), "gpu": "NVIDIA H100 80GB HBM3", "capability": "9.0"},
         sheet,
         measured=roofline.Ceilings({"fp32": 6e4, "fp16": 8e5}, 3000.0, "measured"),
         launches=launches,
@@ -350,5 +363,5 @@ def test_shares_of_the_roofline_launches_and_clocks_are_in_the_report():
 
 def test_the_share_of_tf32_is_of_its_own_peak():
     row = gpu_row(OURS, 0.1, "tf32")
-    results = report.Results([row], measure.machine(), roofline.data_sheet("NVIDIA A100-SXM4-80GB"))
+    results = report.Results([row], host.describe(), roofline.data_sheet("NVIDIA A100-SXM4-80GB"))
     assert report.shares(row, results) == {"share_of_roofline": round(3.7 / 156e3 * 1e3 / 0.1, 4)}

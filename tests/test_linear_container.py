@@ -7,10 +7,11 @@ import torch
 from stacks import CPU, check_equal, check_plain, conv, error_of, fused_copy, fused_names, run
 from torch import Tensor, nn
 
-from vgg_fast import linear_chains, selection, testing
+from vgg_fast import selection, testing
 from vgg_fast.accelerate import accelerate
+from vgg_fast.container import linear_chains
+from vgg_fast.container.sequential import _STATE
 from vgg_fast.explain import explain
-from vgg_fast.sequential import _STATE
 
 WIDE = 2048  # x 1024 weights: just large enough to be worth it
 

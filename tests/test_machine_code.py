@@ -22,6 +22,7 @@ pytest.importorskip("triton", reason="Triton is not installed, whose package hol
 from tests.virtual_gpu import machine_code
 from tests.virtual_gpu.cuda_cases import TILES
 from tests.virtual_gpu.machine_code import CUDA_SMS, TRITON_SMS, Row, misses
+from tests.virtual_gpu.sm90 import HEIGHTS
 from vgg_fast.kernels import configs
 
 SIXTEEN_BITS = "fp16 256->256 in {}".format
@@ -110,7 +111,8 @@ def test_cuda(sm: int) -> None:
     forms = ("maxpool2x2 x1", "maxpool2x2 x{}", "maxpool2x2_columns x{}", "maxpool2x2_backward x1")
     forms += ("maxpool2x2_backward x{}", "maxpool2x2_backward_columns x{}")
     wanted = {("cuda block1", dtype) for dtype in ("fp16", "bf16")}
-    wanted |= {("cuda conv3x3_sm90", dtype) for dtype in ("fp16", "bf16")} if sm == 90 else set()
+    hopper = {("cuda conv3x3_sm90", f"{dtype} {rows}") for dtype in ("fp16", "bf16", "tf32") for rows in HEIGHTS}
+    wanted |= hopper if sm == 90 else set()
     for dtype, packet in (("fp32", 4), ("fp16", 8), ("bf16", 8)):
         wanted |= {("cuda conv3x3", f"{dtype} x{elements}") for elements in (1, 4)}
         wanted |= {*(("cuda maxpool2x2", f"{dtype} {form.format(packet)}") for form in forms)}
@@ -153,10 +155,10 @@ def row(**columns: Any) -> Row:
             {"kernel": "cuda conv3x3_mma", "configuration": "tf32 128x64", "registers": 160, "tensor": 0},
             {"tensor": "none"},
         ),
-        ({"kernel": "cuda conv3x3_sm90", "registers": 168, "threads": 384, "k_step": 78.0}, {}),
+        ({"kernel": "cuda conv3x3_sm90", "registers": 168, "threads": 384, "loop": 80}, {}),
         (
-            {"kernel": "cuda conv3x3_sm90", "registers": 176, "threads": 384, "k_step": 81.0},
-            {"registers": 176, "k_step": 81.0},
+            {"kernel": "cuda conv3x3_sm90", "registers": 176, "threads": 384, "loop": 81},
+            {"registers": 176, "loop": 81},
         ),
         ({"loads": {"LDGSTS.128": 15, "LDGSTS.64": 2}}, {"loads": {"LDGSTS.64": 2}}),
         ({"loads": {"LDG.128": 16}}, {"loads": {"LDG.128": 16}}),

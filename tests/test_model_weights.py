@@ -14,7 +14,7 @@ from torch import nn
 
 from vgg_fast import models
 from vgg_fast.models import VggNet, vggnet
-from vgg_fast.weights import WeightsError, find_weights, save_weights
+from vgg_fast.models.weights import WeightsError, find_weights, save_weights
 
 
 def on_meta(name: str, **kwargs: Any) -> nn.Module:

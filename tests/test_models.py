@@ -15,10 +15,10 @@ from torch import nn
 
 import vgg_fast
 from vgg_fast import models
-from vgg_fast.chains import Chain, parse
+from vgg_fast.container.chains import Chain, parse
+from vgg_fast.container.sequential import FusedSequential, record
 from vgg_fast.models import KerasVGG, VggNet, cfgs, make_layers, vggnet
-from vgg_fast.sequential import FusedSequential, record
-from vgg_fast.weights import load_weights, save_weights
+from vgg_fast.models.weights import load_weights, save_weights
 
 # As published with torchvision's weights ("num_params").
 PARAMETERS = {

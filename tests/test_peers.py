@@ -18,9 +18,10 @@ from torch import nn
 
 from benchmarks import engines, steps
 from benchmarks import peers as command
-from vgg_fast import contest, peers, scaling, testing
+from vgg_fast import testing
 from vgg_fast.accelerate import accelerate
-from vgg_fast.contest import Unsuitable
+from vgg_fast.bench import contest, peers, scaling
+from vgg_fast.bench.contest import Unsuitable
 
 ROOT = Path(__file__).parents[1]
 EXTRA = "pip install 'vgg-fast[peers]'"

@@ -13,9 +13,9 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from typer.testing import CliRunner
 
-from vgg_fast import measure, peers, plots, report, roofline
+from vgg_fast.bench import host, peers, plots, report, roofline
+from vgg_fast.bench.roofline import Ceilings
 from vgg_fast.cli import app
-from vgg_fast.roofline import Ceilings
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -65,7 +65,7 @@ def rows():
 def results(**changes):
     reasons = [("onnxruntime", "features 224, bf16", "its CPU provider has no convolution in <bfloat16> & more")]
     fields = {"ceilings": CEILINGS, "left_out": reasons, "command": "python -m benchmarks.peers", **changes}
-    return report.Results(fields.pop("rows", rows()), measure.machine(), **fields)
+    return report.Results(fields.pop("rows", rows()), host.describe(), **fields)
 
 
 @pytest.fixture(scope="module")

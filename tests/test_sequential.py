@@ -13,7 +13,7 @@ from torch import nn
 
 from vgg_fast import testing
 from vgg_fast.accelerate import accelerate
-from vgg_fast.sequential import FusedSequential
+from vgg_fast.container.sequential import FusedSequential
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from vgg_fast.container.sequential import FusedSequential
 from vgg_fast.models import VGG, VggNet, cfgs, make_layers, vgg16_bn, vggnet
-from vgg_fast.sequential import FusedSequential
-from vgg_fast.summary import summary
+from vgg_fast.models.summary import summary
 
 # What the seed prints. It stops in the middle of the table, and lacks the line of "=" that Keras has under the header.
 SEED = """\

@@ -8,7 +8,7 @@ import torch
 from vgg_fast import models, selection
 from vgg_fast.accelerate import accelerate, restore
 from vgg_fast.explain import record
-from vgg_fast.weights import PUBLISHED, find_weights
+from vgg_fast.models.weights import PUBLISHED, find_weights
 
 torchvision = pytest.importorskip(
     "torchvision", reason="torchvision is not installed (it has no release for every torch): no comparison with it"

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from stacks import conv, fused_copy, fused_names, image, kernel
 from torch import nn
 
-from vgg_fast import peers, testing
-from vgg_fast.sequential import record
+from vgg_fast import testing
+from vgg_fast.bench import peers
+from vgg_fast.container.sequential import record
 
 
 def network(bn: bool, dtype: torch.dtype = torch.float32) -> nn.Sequential:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from vgg_fast import testing
 from vgg_fast.accelerate import accelerate, refresh, restore
-from vgg_fast.chains import Plan
+from vgg_fast.container.chains import Plan
+from vgg_fast.container.packs import Pack, PackCache, _versions
+from vgg_fast.container.sequential import _STATE
 from vgg_fast.ops.pack import _python as packed_by_torch
-from vgg_fast.packs import Pack, PackCache, _versions
-from vgg_fast.sequential import _STATE
 
 POISON = 7.0
 

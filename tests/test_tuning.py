@@ -18,11 +18,13 @@ import stacks
 import torch
 from torch import Tensor
 
-from vgg_fast import peers, testing, tuning
-from vgg_fast import winners as winners_module
+from vgg_fast import testing
 from vgg_fast.accelerate import accelerate
-from vgg_fast.tuning import MARGIN, MOST_SIZES, ROUNDS, Place, Question, Tuner, contest, disagreement
-from vgg_fast.winners import Winners, cache_folder
+from vgg_fast.bench import peers
+from vgg_fast.gpu import tuning
+from vgg_fast.gpu import winners as winners_module
+from vgg_fast.gpu.tuning import MARGIN, MOST_SIZES, ROUNDS, Place, Question, Tuner, contest, disagreement
+from vgg_fast.gpu.winners import Winners, cache_folder
 
 PLACE = Place("Imagined GPU", "sm_90", 132, (("torch", "2.13"), ("kernels", "abc")))
 QUESTION = Question(

@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vgg_fast import gpu_facts, peers, reference, selection, testing
-from vgg_fast.verdicts import Row
-from vgg_fast.verify import Interrupted, Ops, Unavailable, kernels, verify
+from vgg_fast import gpu, reference, selection, testing
+from vgg_fast.bench import peers
+from vgg_fast.verify.checks import Interrupted, Ops, kernels, verify
+from vgg_fast.verify.verdicts import Row
 
 SHAPES = [testing.shape(name) for name in ("rgb_odd", "one_row", "two")]
 GOOD = Ops()
@@ -35,7 +36,7 @@ def test_every_kernel_of_this_machine_is_right():
         assert row.result == ("not here" if row.absent else "ok")
         # With a pool and without, two memory formats: rgb_odd and two have 2x2 epilogues, one_row only two. Each once
         # more with a tap, which gives two results; and three chains.
-        expected = {"conv3x3": (40, 20), "conv_stack": (83, 43), "maxpool2x2": (12, 12), "linear": (32, 16)}[row.op]
+        expected = {"conv3x3": (40, 20), "conv_stack": (83, 43), "linear": (32, 16)}.get(row.op, (12, 12))  # the pool
         assert (row.problems, row.exact) == ((0, 0) if row.absent else expected)
         assert 0 <= row.worst <= 1
         assert 0 <= row.worst_border <= 1
@@ -173,10 +174,11 @@ def test_ctrl_c_keeps_what_was_checked():
     assert by_op["conv3x3"].problems == 16, "the first shape only"
 
 
-def test_a_wrong_corner_pixel_of_the_pool_is_found():
-    wrong = replace(GOOD, maxpool2x2=lambda x: corner(GOOD.maxpool2x2(x)))
+@pytest.mark.parametrize("op", ["maxpool2x2", "maxpool2x2_backward"])
+def test_a_wrong_corner_pixel_of_the_pool_and_of_its_gradient_is_found(op):
+    wrong = replace(GOOD, **{op: lambda *tensors: corner(getattr(GOOD, op)(*tensors))})
     rows = verify(shapes=[testing.shape("two")], dtypes=[torch.float32], checked=wrong)
-    assert {row.op for row in rows if row.result == "MISS"} == {"maxpool2x2"}
+    assert {row.op for row in rows if row.result == "MISS"} == {op}
 
 
 def test_a_wrong_output_of_linear_is_found():
@@ -295,13 +297,13 @@ def test_only_the_named_kernels():
 
 
 def test_unknown_names_say_what_there_is():
-    with pytest.raises(Unavailable, match=f"no kernel 'neon'.*{kernels('cpu')[0]}"):
+    with pytest.raises(gpu.Unavailable, match=f"no kernel 'neon'.*{kernels('cpu')[0]}"):
         verify(only=["neon"])
-    with pytest.raises(Unavailable, match="cpu or cuda"):
+    with pytest.raises(gpu.Unavailable, match="cpu or cuda"):
         verify("tpu")
 
 
-@pytest.mark.skipif(gpu_facts.lacking() is None, reason="this machine has a CUDA device")
+@pytest.mark.skipif(gpu.lacking() is None, reason="this machine has a CUDA device")
 def test_cuda_without_a_gpu_is_said_clearly():
-    with pytest.raises(Unavailable, match="no CUDA device"):
+    with pytest.raises(gpu.Unavailable, match="no CUDA device"):
         verify("cuda")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vgg_fast.models import ARCHITECTURES
-from vgg_fast.weights import PUBLISHED, SUFFIXES, WeightsError, load_weights, read_weights, save_weights
+from vgg_fast.models.weights import PUBLISHED, SUFFIXES, WeightsError, load_weights, read_weights, save_weights
 
 
 def network(classes: int = 5, seed: int = 0) -> nn.Sequential:

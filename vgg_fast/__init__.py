@@ -3,7 +3,7 @@
 # Functions whose module has their name are bound here at once: imported lazily, they would lose the name to the module.
 from vgg_fast import ops
 from vgg_fast.accelerate import accelerate, refresh, restore
-from vgg_fast.convert import ConversionReport, convert
+from vgg_fast.container.sequential import FusedSequential
 from vgg_fast.explain import explain
 from vgg_fast.models import (
     VGG,
@@ -19,10 +19,10 @@ from vgg_fast.models import (
     vgg19_bn,
     vggnet,
 )
+from vgg_fast.models.convert import ConversionReport, convert
+from vgg_fast.models.summary import summary
+from vgg_fast.models.weights import WeightsError, load_weights, save_weights
 from vgg_fast.selection import backends
-from vgg_fast.sequential import FusedSequential
-from vgg_fast.summary import summary
-from vgg_fast.weights import WeightsError, load_weights, save_weights
 
 __version__ = "0.1.0"
 __all__ = [

@@ -1,7 +1,7 @@
 """``accelerate``, ``restore`` and ``refresh``: other people's models, in place and reversibly.
 
 No layer is replaced, renamed or removed. Only the class of the containers changes, from ``nn.Sequential`` to
-:class:`~vgg_fast.sequential.FusedSequential`; so state_dict, names, hooks, optimizers and references stay as they were.
+:class:`~vgg_fast.FusedSequential`; so state_dict, names, hooks, optimizers and references stay as they were.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from vgg_fast import selection
-from vgg_fast.sequential import FusedSequential, drop_cache, set_backend
+from vgg_fast.container.sequential import FusedSequential, drop_cache, set_backend
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -26,7 +26,8 @@ def accelerate(model: M, backend: str = "auto") -> M:
 
     Args:
         model: any module.
-        backend: ``auto``, or a backend or kernel that must run: a forward that it cannot run raises RuntimeError.
+        backend: ``auto``, or a backend or kernel that must run: a forward that it cannot run raises RuntimeError. On a
+            GPU ``cuda`` is the backend (on Hopper kernel ``cuda_wgmma``), ``=cuda`` its kernel of that name.
 
     Returns:
         The same object.
@@ -46,7 +47,7 @@ def accelerate(model: M, backend: str = "auto") -> M:
     _check_module(model, "accelerate")
     kernels = (*selection.GPU_KERNELS, *selection.cpu_kernels(), *selection.linear_kernels())
     known = dict.fromkeys(("auto", *selection.BACKENDS, *kernels))
-    if backend not in known:
+    if backend not in (*known, *map(selection.exactly, selection.GPU_KERNELS)):
         raise ValueError(f"there is no backend {backend!r}; choose one of {', '.join(known)}")
     if not any(isinstance(m, (nn.Conv2d, nn.Linear)) for m in model.modules()):
         warnings.warn(

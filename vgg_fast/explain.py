@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vgg_fast.chains import child_reason
-from vgg_fast.sequential import FusedSequential, Segment, drop_cache, packed_weights, record
+from vgg_fast.container.chains import child_reason
+from vgg_fast.container.sequential import FusedSequential, Segment, drop_cache, packed_weights, record
 
 __all__ = ["Explanation", "Packing", "Row", "Segment", "explain", "record"]
 
@@ -69,8 +69,8 @@ class Explanation:
         rows: one :class:`Row` per layer that has no children.
         accelerated: whether the model was accelerated, or only for the moment of explaining.
         packing: one :class:`Packing` per container that keeps packed weights.
-        timings: on a GPU, per chain that runs fused the times that its kernel was chosen by. Why one is left to PyTorch
-            is the reason of its rows.
+        timings: on a GPU, per chain that runs fused the times that its kernel was chosen by, or that it stands in for
+            one which failed its self test. Why one is left to PyTorch is the reason of its rows.
     """
 
     rows: tuple[Row, ...]

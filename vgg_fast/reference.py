@@ -77,7 +77,8 @@ def conv3x3_affine(x: Tensor, weight: Tensor, affine: Tensor, relu: bool, pool: 
         pool: apply the 2x2 max-pool.
 
     Returns:
-        The dtype of ``x``; computed in float32 (float64 for float64 input) and rounded once at the end.
+        ``[N, Cout, H, W]``, or half of it with ``pool``, in the dtype of ``x``; computed in float32 (float64 for
+        float64 input) and rounded once at the end.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     scale, shift = affine.to(wide)[:, :, None, None]
@@ -88,9 +89,24 @@ def conv3x3_affine(x: Tensor, weight: Tensor, affine: Tensor, relu: bool, pool: 
 
 
 def conv_stack(x: Tensor, weights: Sequence[Tensor], affines: Sequence[Tensor], program: Sequence[int]) -> Tensor:
-    """A chain of convolutions, ``program[i]`` (a :class:`Step`) saying what follows the i-th one.
+    """A chain of convolutions; intermediate values are rounded to the dtype of ``x``, as in the steps one by one.
 
-    Intermediate values are rounded to the dtype of ``x``, so the chain equals the steps taken one by one.
+    Args:
+        x: ``[N, C0, H, W]``, any floating dtype and memory format.
+        weights: ``[Ci, C(i-1), 3, 3]`` each, see :func:`conv3x3_affine`.
+        affines: fp32 ``[2, Ci]`` each: scale > 0, shift.
+        program: a :class:`Step` each: what follows the convolution.
+
+    Returns:
+        ``[N, Cn, H', W']`` in the dtype of ``x``; every POOL halves H and W (floor).
+
+    Raises:
+        ValueError: not as many weights, affines and steps.
+
+    Example:
+        >>> affine = torch.tensor([[1.0] * 8, [0.0] * 8])
+        >>> conv_stack(torch.ones(1, 3, 4, 4), [torch.ones(8, 3, 3, 3)], [affine], [Step.RELU | Step.POOL]).shape
+        torch.Size([1, 8, 2, 2])
     """
     return conv_stack_taps(x, weights, affines, program)[-1]
 
@@ -98,7 +114,14 @@ def conv_stack(x: Tensor, weights: Sequence[Tensor], affines: Sequence[Tensor], 
 def conv_stack_taps(
     x: Tensor, weights: Sequence[Tensor], affines: Sequence[Tensor], program: Sequence[int]
 ) -> list[Tensor]:
-    """:func:`conv_stack` with the values before the pool of every step with TAP, in order; the result comes last."""
+    """:func:`conv_stack` with the values before the pool of every step with TAP, in order; the result comes last.
+
+    Example:
+        >>> weight, affine = torch.ones(8, 3, 3, 3), torch.tensor([[1.0] * 8, [0.0] * 8])
+        >>> results = conv_stack_taps(torch.ones(1, 3, 4, 4), [weight], [affine], [Step.POOL | Step.TAP])
+        >>> [tuple(y.shape) for y in results]
+        [(1, 8, 4, 4), (1, 8, 2, 2)]
+    """
     taps = []
     for weight, affine, step in zip(weights, affines, program, strict=True):
         x = conv3x3_affine(x, weight, affine, bool(step & Step.RELU), False)

@@ -2,7 +2,7 @@
 
 Selection is a pure function of the dtype and the flags of an architecture, so tests can ask what a machine would choose
 that nobody here has. A backend or kernel that is named runs or raises; only ``auto`` may fall back to plain PyTorch. On
-a GPU it says which kernels are to be timed (:func:`candidates`); the timing is :mod:`vgg_fast.tuning`'s.
+a GPU it says which kernels are to be timed (:func:`candidates`); the timing is :mod:`vgg_fast.gpu.tuning`'s.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 import torch
 
 from vgg_fast import library
+from vgg_fast.precision import float32_precision
 
 REFERENCE = "reference"
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -91,31 +92,87 @@ BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("cpu", "C++ micro-kernels: portable, AVX2, AVX-512, AMX", True, _cpu_unsupported),
-        # On a GPU `auto` must never make anybody slower than cuDNN: there it takes what was timed (vgg_fast.tuning).
+        # On a GPU `auto` must never make anybody slower than cuDNN: it takes what was timed (vgg_fast.gpu.tuning).
         Backend("triton", "Triton kernels", False, _triton_unsupported),
         Backend("cuda", "CUDA C++ kernels", False, _cuda_unsupported),
         Backend(REFERENCE, "plain PyTorch", True, lambda problem: []),
     )
 }
 
-# The kernels of the GPU backends. A backend's own name is its kernel for fp16, bf16 and true fp32; the others take fp32
-# tensors at the precision that their name ends on.
+# The kernels of the GPU backends. That of a backend's own name is for fp16, bf16 and true fp32; others take fp32 at the
+# precision that their name ends on. With `_wgmma` they are the same but for Hopper's wgmma, where a layer allows it.
 GPU_KERNELS = {
     "triton": "triton",
     "triton_tf32": "triton",
     "triton_bf16x3": "triton",
     "cuda": "cuda",
+    "cuda_wgmma": "cuda",
     "cuda_tf32": "cuda",
+    "cuda_wgmma_tf32": "cuda",
 }
+_EXACT = {f"={kernel}": kernel for kernel in GPU_KERNELS}
 
 
-def select(problem: Problem, backend: str = "auto") -> str:
+def exactly(kernel: str) -> str:
+    """The name of a kernel for :func:`select` where a backend has the same: ``=cuda`` is that kernel on any GPU.
+
+    Example:
+        >>> exactly("cuda"), exactly("avx2_f32")
+        ('=cuda', 'avx2_f32')
+    """
+    return f"={kernel}" if kernel in GPU_KERNELS else kernel
+
+
+def objections(kernel: str, problem: Problem) -> list[str]:
+    """Why one of :data:`GPU_KERNELS` does not take what its backend takes; a pure function.
+
+    Example:
+        >>> objections("cuda_wgmma", Problem(torch.float16, "cuda", "sm_100"))
+        ["kernel 'cuda_wgmma' is for sm_90 alone, this GPU is sm_100: take 'cuda'"]
+    """
+    owner = GPU_KERNELS[kernel]
+    if kernel == owner:
+        return []
+    of_16_bits = kernel == "cuda_wgmma"
+    taken = (torch.bfloat16, torch.float16) if of_16_bits else (torch.float32,)
+    reasons = []
+    if problem.dtype not in taken:
+        listed = " and ".join(_DTYPES[dtype] for dtype in taken)
+        reasons.append(f"kernel {kernel!r} takes {listed}, not {problem.dtype}: take {owner!r}")
+    anywhere = kernel.replace("_wgmma", "")
+    if kernel != anywhere and problem.device_type == "cuda" and problem.architecture != "sm_90":
+        reasons.append(f"kernel {kernel!r} is for sm_90 alone, this GPU is {problem.architecture}: take {anywhere!r}")
+    return reasons
+
+
+def kernels_of(backend: str, problem: Problem) -> list[str]:
+    """The kernels that the name of a backend or CPU kernel stands for, the best first; a pure function.
+
+    On a GPU fp32 follows PyTorch's setting, and Hopper has a kernel to stand in for the one of its own.
+
+    Example:
+        >>> kernels_of("cuda", Problem(torch.float16, "cuda", "sm_90"))
+        ['cuda_wgmma', 'cuda']
+    """
+    if backend == REFERENCE:
+        return [backend]
+    if backend not in GPU_KERNELS:
+        name, dtype = "auto" if backend == "cpu" else backend, _DTYPES[problem.dtype]
+        return [torch.ops.vgg_fast.cpu_select(dtype, problem.precision, name, problem.architecture)]
+    rung = "_tf32" if problem.dtype is torch.float32 and problem.precision != "highest" else ""
+    on_hopper = backend == "cuda" and not objections(f"cuda_wgmma{rung}", problem)
+    return [*([f"cuda_wgmma{rung}"] if on_hopper else []), f"{backend}{rung}"]
+
+
+def select(problem: Problem, backend: str = "auto", switched_off: Collection[str] = ()) -> str:
     """Name of the kernel that runs ``problem``: a CPU micro-kernel, one of :data:`GPU_KERNELS`, or ``reference``.
 
     Args:
         problem: what is to be run, the architecture included.
         backend: ``auto`` (on a GPU the reference: what is faster there is a matter of timing), a name of
-            :data:`BACKENDS`, or the name of a kernel. The name of a GPU backend follows PyTorch's setting for fp32.
+            :data:`BACKENDS`, which on a GPU stands for several kernels (:func:`kernels_of`), or the name of a kernel
+            (:func:`exactly`).
+        switched_off: kernels that failed their self test; a backend's name passes over them while there are others.
 
     Raises:
         RuntimeError: the backend named cannot run the problem (with the reasons), or there is none of that name.
@@ -127,26 +184,19 @@ def select(problem: Problem, backend: str = "auto") -> str:
     if backend == "auto":
         for candidate in BACKENDS.values():
             if candidate.automatic and not candidate.unsupported(problem):
-                return _kernel(candidate.name, problem)
-    owner = backend if backend in BACKENDS else GPU_KERNELS.get(backend, "cpu" if backend in cpu_kernels() else None)
+                return kernels_of(candidate.name, problem)[0]
+    name = _EXACT.get(backend, backend)
+    owner = name if name in BACKENDS else GPU_KERNELS.get(name, "cpu" if name in cpu_kernels() else None)
     if owner is None:
         known = ", ".join(dict.fromkeys(["auto", *BACKENDS, *GPU_KERNELS, *cpu_kernels()]))
         raise RuntimeError(f"there is no backend {backend!r}; choose one of {known}")
-    reasons = BACKENDS[owner].unsupported(problem)
-    if backend in GPU_KERNELS and backend != owner and problem.dtype is not torch.float32:
-        reasons.append(f"kernel {backend!r} takes float32, not {problem.dtype}: take {owner!r}")
+    reasons = BACKENDS[owner].unsupported(problem) + (objections(name, problem) if name in GPU_KERNELS else [])
     if reasons:
         raise RuntimeError(f"backend {backend!r} cannot run this: {'; '.join(reasons)}")
-    return _kernel(backend, problem)
-
-
-def _kernel(backend: str, problem: Problem) -> str:
-    if backend in ("triton", "cuda") and problem.dtype is torch.float32 and problem.precision != "highest":
-        return f"{backend}_tf32"
-    if backend in GPU_KERNELS or backend == REFERENCE:
-        return backend
-    name = "auto" if backend == "cpu" else backend
-    return torch.ops.vgg_fast.cpu_select(_DTYPES[problem.dtype], problem.precision, name, problem.architecture)
+    if name in GPU_KERNELS and backend not in BACKENDS:
+        return name
+    kernels = kernels_of(name, problem)
+    return next((kernel for kernel in kernels if kernel not in switched_off), kernels[0])
 
 
 def layout(kernel: str) -> str:
@@ -161,7 +211,8 @@ def candidates(problem: Problem) -> list[str]:
         >>> candidates(Problem(torch.float32, "cpu", "avx2 fma f16c"))
         []
     """
-    return [_kernel(b.name, problem) for b in BACKENDS.values() if not b.automatic and not b.unsupported(problem)]
+    able = [b.name for b in BACKENDS.values() if not b.automatic and not b.unsupported(problem)]
+    return [kernel for backend in able for kernel in kernels_of(backend, problem)]
 
 
 def cpu_kernels() -> list[str]:
@@ -172,34 +223,6 @@ def cpu_kernels() -> list[str]:
 def linear_kernels() -> list[str]:
     """Names of the compiled CPU kernels for fully connected layers, best first; empty without the compiled library."""
     return [] if library.missing("_C") else torch.ops.vgg_fast.cpu_linear_kernels().split()
-
-
-_RUNGS = {"ieee": "highest", "tf32": "high", "bf16": "medium"}
-
-
-def float32_precision(of: str = "conv", device_type: str = "cpu") -> str:
-    """``highest``, ``high`` or ``medium``: what PyTorch's settings ask of fp32.
-
-    On the CPU ``torch.backends.mkldnn.conv.fp32_precision`` where it is set (ieee, tf32 or bf16; it inherits from
-    ``torch.backends.fp32_precision``), else ``torch.get_float32_matmul_precision()``. On a GPU
-    ``torch.backends.cudnn.conv.fp32_precision``, of which ``torch.backends.cudnn.allow_tf32`` is the older name.
-
-    Args:
-        of: ``conv``, or ``matmul`` for fully connected layers on the CPU: the setting that counts.
-        device_type: ``cpu`` or ``cuda``.
-
-    Example:
-        >>> float32_precision(), float32_precision(device_type="cuda")  # PyTorch's defaults
-        ('highest', 'high')
-    """
-    if device_type == "cuda":
-        setting = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-        return "high" if setting == "tf32" else "highest"
-    own = _RUNGS.get(getattr(torch.backends.mkldnn, of).fp32_precision)
-    try:
-        return own or torch.get_float32_matmul_precision()
-    except RuntimeError:  # the older setting does not answer once the newer ones were set for CUDA, say
-        return "highest"
 
 
 def problem_on(dtype: torch.dtype, device: torch.device) -> Problem:
@@ -220,7 +243,8 @@ def choose(dtype: torch.dtype, device: torch.device, backend: str = "auto") -> s
         RuntimeError: as :func:`select`; also if ``VGG_FAST_ISA`` has a value it cannot have, or if the kernel failed
             its self test on this device.
     """
-    kernel = _choose(dtype, device, backend, os.environ.get("VGG_FAST_ISA"), float32_precision(device_type=device.type))
+    isa, precision = os.environ.get("VGG_FAST_ISA"), float32_precision(device_type=device.type)
+    kernel = _choose(dtype, device, backend, isa, precision, switched_off(device))
     if (kernel, device) in _switched_off:
         raise RuntimeError(f"kernel {kernel!r} is switched off on {device}: {_switched_off[kernel, device]}")
     return kernel
@@ -228,8 +252,10 @@ def choose(dtype: torch.dtype, device: torch.device, backend: str = "auto") -> s
 
 # VGG_FAST_ISA and the precision are read again inside; as arguments they make the cache notice a change.
 @functools.lru_cache(maxsize=256)
-def _choose(dtype: torch.dtype, device: torch.device, backend: str, isa: str | None, precision: str) -> str:
-    return select(problem_on(dtype, device), backend)
+def _choose(
+    dtype: torch.dtype, device: torch.device, backend: str, isa: str | None, precision: str, without: frozenset[str]
+) -> str:
+    return select(problem_on(dtype, device), backend, without)
 
 
 def candidates_on(dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
@@ -245,6 +271,19 @@ def _candidates_on(dtype: torch.dtype, device: torch.device, precision: str) -> 
 
 # GPU kernels that disagreed with PyTorch on a device, and how; see vgg_fast/ops/_self_test.py.
 _switched_off: dict[tuple[str, torch.device], str] = {}
+
+
+def switched_off(device: torch.device) -> frozenset[str]:
+    """The kernels that failed their self test on a device."""
+    return frozenset([kernel for kernel, where in list(_switched_off) if where == device])
+
+
+def passed_over(kernel: str, backend: str, problem: Problem, device: torch.device) -> str:
+    """Why a backend's name stands for ``kernel`` on a device where it should for another; empty if it should not."""
+    kernels = kernels_of(backend, problem) if backend in BACKENDS else [kernel]
+    better = [(name, why_switched_off(name, device)) for name in kernels[: kernels.index(kernel)]]
+    told = [f"{name!r}, which failed its self test on {device}: {why}" for name, why in better]
+    return f"runs {kernel!r} in place of {' and '.join(told)}" if told else ""
 
 
 def switch_off(kernel: str, device: torch.device, reason: str) -> None:
@@ -308,7 +347,7 @@ def why_reference(dtype: torch.dtype, device: torch.device) -> str:
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """One line of :func:`backends`."""
+    """One line of :func:`backends`; an available one has a reason, too, where one of its kernels is switched off."""
 
     name: str
     what: str
@@ -327,12 +366,14 @@ def backends() -> list[BackendStatus]:
     for backend in BACKENDS.values():
         on_gpu = backend.name in ("triton", "cuda")
         if on_gpu and not torch.cuda.is_available():
-            without_gpu = backend.unsupported(Problem(torch.float32, "cuda", "sm_80"))
-            reasons = ["there is no CUDA device", *without_gpu]
+            lacking = ["there is no CUDA device", *backend.unsupported(Problem(torch.float32, "cuda", "sm_80"))]
+            failed = {}
         else:
             device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-            failed = [f"{kernel}: {why}" for (kernel, where), why in _switched_off.items() if where == device]
-            own = [why for why in failed if why.startswith(backend.name)]
-            reasons = backend.unsupported(problem_on(torch.float32, device)) + own
-        result.append(BackendStatus(backend.name, backend.what, not reasons, "; ".join(reasons)))
+            lacking = backend.unsupported(problem_on(torch.float32, device))
+            off = {kernel: why for (kernel, where), why in _switched_off.items() if where == device}
+            failed = {kernel: why for kernel, why in off.items() if kernel.startswith(backend.name)}
+        reasons = lacking + [f"{kernel}: {why}" for kernel, why in failed.items()]
+        available = not lacking and backend.name not in failed
+        result.append(BackendStatus(backend.name, backend.what, available, "; ".join(reasons)))
     return result

@@ -173,7 +173,8 @@ std::tuple<Tensor, Tensor> batch_norm_forward_cpu(const Tensor& z, const std::op
   const int64_t c = args.c;
   const std::vector<double> gamma = read_vector(weight, c, 1, "batch_norm_forward: weight");
   const std::vector<double> beta = read_vector(bias, c, 0, "batch_norm_forward: bias");
-  STD_TORCH_CHECK(mean.has_value() == variance.has_value(), "batch_norm_forward: mean and variance go together");
+  STD_TORCH_CHECK(mean.has_value() == variance.has_value(),
+                  "batch_norm_forward: mean and variance go together: give both, or neither (the batch's)");
   const Tensor state = doubles({4, c}, z);
   double *centre = static_cast<double*>(state.mutable_data_ptr()), *spread = centre + c, *invstd = centre + c;
   if (mean) {

@@ -5,6 +5,27 @@
 
 namespace vgg_fast {
 
+const char* name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Byte:
+      return "uint8";
+    default:
+      return "another dtype";
+  }
+}
+
 DType dtype_of(const Tensor& tensor, const char* what) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
@@ -14,11 +35,10 @@ DType dtype_of(const Tensor& tensor, const char* what) {
     case ScalarType::Half:
       return DType::f16;
     default:
-      STD_TORCH_CHECK(false, what, " must be float32, bfloat16 or float16");
+      STD_TORCH_CHECK(false, what, " must be float32, bfloat16 or float16, got ", name_of(tensor.scalar_type()));
   }
 }
 
-// The vector in float64; `otherwise` where there is none.
 std::vector<double> read_vector(const std::optional<Tensor>& tensor, int64_t n, double otherwise, const char* what) {
   std::vector<double> values(n, otherwise);
   if (!tensor) return values;
@@ -79,7 +99,8 @@ Tensor conv3x3_cpu(const Tensor& x, const Tensor& weight, const std::optional<Te
   STD_TORCH_CHECK(x.dim() == 4, "conv3x3: x must be [N, C, H, W], got ", x.dim(), " dimensions");
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(1) == x.size(1), "conv3x3: weight must be [Cout, ", x.size(1),
                   ", 3, 3] for this x, got a Cin of ", weight.dim() == 4 ? weight.size(1) : -1);
-  STD_TORCH_CHECK(x.scalar_type() == weight.scalar_type(), "conv3x3: x and weight must have the same dtype");
+  STD_TORCH_CHECK(x.scalar_type() == weight.scalar_type(), "conv3x3: x and weight must have the same dtype, got ",
+                  name_of(x.scalar_type()), " and ", name_of(weight.scalar_type()));
   const std::string name = find_microkernel(kernel, dtype_of(x, "conv3x3: x"), Precision::highest, cpu_flags()).name;
   const auto [packed, affine] =
       pack_cpu(weight, bias, std::nullopt, std::nullopt, std::nullopt, std::nullopt, 0.0, name);

@@ -17,6 +17,7 @@
 #include <type_traits>
 
 #include "../conv3x3.h"
+#include "amx.h"
 
 #define VGG_TARGET __attribute__((target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512vl,avx512dq")))
 
@@ -32,12 +33,6 @@ struct Amx : Avx512 {
     const __m256bh packed = _mm512_cvtneps_pbh(v);
     __builtin_memcpy(p, &packed, sizeof packed);
   }
-};
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
 constexpr int64_t kTile = 16;  // pixels or channels of a tile

@@ -1,5 +1,4 @@
-// fp32 with AVX-512: 14 pixels x 32 channels are 28 of the 32 registers, and 14 divides every width of a 224
-// VGG.
+// fp32 with AVX-512: 14 pixels x 32 channels are 28 of the 32 registers, and 14 divides every width of a 224 VGG.
 #if defined(__x86_64__)
 #include <immintrin.h>
 

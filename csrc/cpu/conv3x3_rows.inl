@@ -49,8 +49,7 @@ template <class Isa>
 VGG_TARGET inline void accumulate_row(const Conv3x3Args& a, int64_t group, int64_t row, float* out) {
   const uint32_t* weight = a.weight + group * a.cin_blocks * kTaps * kWords * Isa::kGroup;
   const char* x = a.x + row * (a.w + 2) * kLine;
-  // As few register blocks as can be, of even size: a remainder of one pixel would run at a fraction of the
-  // speed.
+  // As few register blocks as can be, of even size: a remainder of one pixel would run at a fraction of the speed.
   const int64_t tiles = ceil_div(a.w, Isa::kPixels);
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t begin = t * a.w / tiles, end = (t + 1) * a.w / tiles;

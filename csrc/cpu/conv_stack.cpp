@@ -195,7 +195,10 @@ std::vector<Tensor> conv_stack_taps_cpu(const Tensor& x, const std::vector<Tenso
 std::vector<Tensor> conv_stack_masks_cpu(const Tensor& x, const std::vector<Tensor>& weights,
                                          const std::vector<Tensor>& affines, const std::vector<int64_t>& program,
                                          const std::string& kernel, bool channels_last) {
-  for (const int64_t step : program) STD_TORCH_CHECK(!(step & kTap), "conv_stack_masks: a program without taps");
+  for (const int64_t step : program) {
+    STD_TORCH_CHECK(!(step & kTap), "conv_stack_masks takes a program without taps (bit ", int64_t{kTap}, "), got ",
+                    step);
+  }
   return run_chain(x, weights, affines, program, kernel, channels_last, true);
 }
 

@@ -105,7 +105,8 @@ int64_t fingerprint_cpu(const std::vector<Tensor>& tensors) {
         add_tensor<uint64_t>(sum, tensor);
         break;
       default:
-        STD_TORCH_CHECK(false, "fingerprint: tensors must be floating point");
+        STD_TORCH_CHECK(false, "fingerprint: tensors must be float32, bfloat16, float16 or float64, got ",
+                        name_of(tensor.scalar_type()));
     }
   }
   return static_cast<int64_t>(sum.value());

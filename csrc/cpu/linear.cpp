@@ -78,7 +78,8 @@ Tensor empty_bytes(int64_t n, const Tensor& like) {
 std::vector<float> bias_of(const std::optional<Tensor>& bias, int64_t out, DType dtype) {
   if (!bias) return {};
   STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == out, "linear: bias must have ", out, " elements, one per row");
-  STD_TORCH_CHECK(dtype_of(*bias, "linear: bias") == dtype, "linear: x and bias must have the same dtype");
+  STD_TORCH_CHECK(dtype_of(*bias, "linear: bias") == dtype,
+                  "linear: x and bias must have the same dtype, got a bias of ", name_of(bias->scalar_type()));
   const char* data = static_cast<const char*>(bias->const_data_ptr());
   std::vector<float> values(out);
   for (int64_t i = 0; i < out; ++i) values[i] = read_value(data + i * bias->stride(0) * element_size(dtype), dtype);

@@ -11,6 +11,7 @@
 #include <cstring>
 
 #include "../linear.h"
+#include "amx.h"
 #include "convert.h"
 
 #define VGG_TARGET __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq")))
@@ -31,21 +32,15 @@ constexpr int64_t kAheadOfTile = 512;
 // The intrinsics do not tell the compiler what memory they read or write.
 inline void memory_is_seen() { asm volatile("" ::: "memory"); }
 
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes_per_row[16] = {};
-  uint8_t rows[16] = {};
-
-  // A unit may end within its first or its second tile of rows. Without a second one, the first is taken twice.
-  TileConfig(int64_t unit_rows, int64_t columns) {
-    const int64_t first = std::min(unit_rows, kTile), second = unit_rows > kTile ? unit_rows - kTile : first;
-    for (int tile : {0, 1, 4}) rows[tile] = uint8_t(first);
-    for (int tile : {2, 3, 5}) rows[tile] = uint8_t(second);
-    rows[6] = rows[7] = kPairs;
-    bytes_per_row[4] = bytes_per_row[5] = kLine;
-    for (int tile : {0, 1, 2, 3, 6, 7}) bytes_per_row[tile] = uint16_t(columns * 4);
-  }
-};
+// A unit may end within its first or its second tile of rows. Without a second one, the first is taken twice.
+inline TileConfig tiles_of(int64_t unit_rows, int64_t columns) {
+  TileConfig config;
+  const int64_t first = std::min(unit_rows, kTile), second = unit_rows > kTile ? unit_rows - kTile : first;
+  for (int tile : {0, 1, 4}) config.rows[tile] = uint8_t(first);
+  for (int tile : {2, 3, 5}) config.rows[tile] = uint8_t(second);
+  for (int tile : {0, 1, 2, 3, 6, 7}) config.bytes_per_row[tile] = uint16_t(columns * 4);
+  return config;
+}
 
 // sums[2 row tiles][kBlocks][16][columns] of up to 32 rows and kBlocks blocks of images, continued over `steps` x 32
 // inputs. second: bytes from the first tile of rows to the second.
@@ -85,7 +80,7 @@ VGG_TARGET inline void multiply(const char* weights, int64_t row, int64_t second
 
 // Up to 32 rows: all inputs in [k, k_end), all images.
 VGG_TARGET void multiply_rows(const LinearArgs& a, int64_t begin, int64_t rows, int64_t k, int64_t k_end, float* sums) {
-  const TileConfig config(rows, a.columns);
+  const TileConfig config = tiles_of(rows, a.columns);
   memory_is_seen();
   _tile_loadconfig(&config);
   const char* weights = a.weight + begin * a.weight_row;

@@ -7,8 +7,7 @@
 namespace vgg_fast {
 namespace {
 
-// fp32 compares as it is; the 16-bit types through their float value. The first of equals stays, a NaN always
-// wins.
+// fp32 compares as it is; the 16-bit types through their float value. The first of equals stays, a NaN always wins.
 template <DType kType>
 float value_of(const char* p) {
   if constexpr (kType == DType::f32) {

@@ -52,7 +52,8 @@ std::tuple<Tensor, Tensor> pack_cpu(const Tensor& weight, const std::optional<Te
                                     double bn_eps, const std::string& kernel_name) {
   check_weight(weight, "pack");
   const int64_t cout = weight.size(0);
-  STD_TORCH_CHECK(bn_mean.has_value() == bn_var.has_value(), "pack: bn_mean and bn_var go together");
+  STD_TORCH_CHECK(bn_mean.has_value() == bn_var.has_value(),
+                  "pack: bn_mean and bn_var go together: give both, or neither");
   const DType dtype = dtype_of(weight, "pack: weight");
   const MicroKernel& kernel = find_microkernel(kernel_name, dtype, Precision::highest, cpu_flags());
 

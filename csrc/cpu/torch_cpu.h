@@ -63,6 +63,9 @@ Tensor conv_stack_backward_cpu(const Tensor& dy, const std::vector<Tensor>& weig
 Tensor gradient_through_gate(const Tensor& dy, const Gate& gate, const float* factors);
 int64_t fingerprint_cpu(const std::vector<Tensor>& tensors);
 
+// PyTorch's name of a type, for error messages.
+const char* name_of(ScalarType type);
+
 // The dtype, or an error that names `what` and the dtypes there are.
 DType dtype_of(const Tensor& tensor, const char* what);
 

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "amx.h"
 #include "weight_grad.h"
 
 #define VGG_TARGET __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq")))
@@ -20,12 +21,6 @@ namespace {
 constexpr int64_t kStep = 32;  // pixels of a tile
 constexpr int64_t kSide = 32;  // channels of either side
 constexpr int64_t kHalf = 16;
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
 
 // Words (first[c], second[c]) of 16 channels, of which `mask` exist.
 VGG_TARGET inline __m512i pairs(const uint16_t* first, const uint16_t* second, __mmask16 mask) {

@@ -5,11 +5,11 @@
 #include "torch_ops.h"
 
 STABLE_TORCH_LIBRARY(vgg_fast_cuda, m) {
-  m.def("conv3x3(Tensor x, Tensor weight_ohwi, Tensor affine, bool relu, bool pool, bool tf32=False) -> Tensor");
+  m.def("conv3x3(Tensor x, Tensor weight_ohwi, Tensor affine, bool relu, bool pool, str kernel='cuda') -> Tensor");
   m.def("maxpool2x2(Tensor x) -> Tensor");
   m.def("maxpool2x2_backward(Tensor grad, Tensor x) -> Tensor");
-  m.def("conv_stack(Tensor x, Tensor[] weights, Tensor[] affines, int[] program, bool tf32=False) -> Tensor");
-  m.def("conv_stack_taps(Tensor x, Tensor[] weights, Tensor[] affines, int[] program, bool tf32=False) -> Tensor[]");
+  m.def("conv_stack(Tensor x, Tensor[] weights, Tensor[] affines, int[] program, str kernel='cuda') -> Tensor");
+  m.def("conv_stack_taps(Tensor x, Tensor[] weights, Tensor[] affines, int[] program, str kernel='cuda') -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vgg_fast_cuda, CUDA, m) {

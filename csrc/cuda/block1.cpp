@@ -5,19 +5,6 @@
 
 namespace vgg_fast::cuda {
 
-void fuse_first_block(std::vector<Layer>& layers, bool aligned) {
-  if (layers.size() < 2 || !aligned) return;
-  Layer &first = layers[0], &second = layers[1];
-  const bool hidden = !first.pool() && !first.tap();
-  const bool by_16_bytes = reinterpret_cast<uintptr_t>(first.args.weight) % 16 == 0;
-  if (!hidden || !by_16_bytes || second.kernel == Kernel::kPlain ||
-      !is_block1(first.args.dtype, first.args.cin, first.args.cout, second.args.cout))
-    return;
-  second.kernel = Kernel::kTensorCores;
-  second.plan = plan_block1(first.args.n, first.args.h, first.args.w);
-  second.with_previous = first.in_next = true;
-}
-
 void launch_first_block(const Layer& first, const Layer& second, const void* x, void* full, void* pooled, Queue queue) {
   const Conv3x3Args &a = first.args, &b = second.args;
   Block1Args args{};

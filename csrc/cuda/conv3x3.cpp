@@ -5,8 +5,17 @@
 
 namespace vgg_fast::cuda {
 
+Family family_named(const std::string& name) {
+  if (name == "cuda_tf32") return Family::kCudaTf32;
+  if (name == "cuda_wgmma") return Family::kCudaWgmma;
+  if (name == "cuda_wgmma_tf32") return Family::kCudaWgmmaTf32;
+  STD_TORCH_CHECK(name == "cuda", "there is no kernel '", name,
+                  "'; choose one of cuda, cuda_tf32, cuda_wgmma, cuda_wgmma_tf32");
+  return Family::kCuda;
+}
+
 Layer plan_layer(const Tensor& x, bool aligned, int64_t cin, int64_t h, int64_t w, const Tensor& weight,
-                 const Tensor& affine, int64_t step, bool tf32, DeviceLimits limits) {
+                 const Tensor& affine, int64_t step, Family family, DeviceLimits limits) {
   const char* op = "conv3x3 (cuda): ";
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(1) == 3 && weight.size(2) == 3 && weight.size(3) == cin &&
                       weight.is_contiguous(),
@@ -40,17 +49,8 @@ Layer plan_layer(const Tensor& x, bool aligned, int64_t cin, int64_t h, int64_t 
   a.cout = cout;
   a.dtype = kernel_dtype("conv3x3", x);
   a.relu = step & kRelu;
-  const bool by_16_bytes = aligned && reinterpret_cast<uintptr_t>(a.weight) % 16 == 0;
-  if (a.n == 0 || !by_16_bytes || limits.sm < 80 || (a.dtype == DType::kFloat32 && !tf32)) return layer;
-  const MmaProblem problem{a.n, a.h, a.w, a.cin, a.cout, a.dtype};
-  const Sm90Problem on_hopper{a.n, a.h, a.w, a.cin, a.cout, a.dtype};
-  if (!sm90_unsupported(on_hopper, limits.sm)) {
-    layer.hopper = plan_sm90(on_hopper, limits.multiprocessors);
-    layer.kernel = Kernel::kHopper;
-  } else if (!mma_unsupported(problem)) {
-    layer.plan = plan_mma(problem, limits.multiprocessors);
-    if (layer.plan.clocks >= 0) layer.kernel = Kernel::kTensorCores;
-  }
+  layer.aligned = aligned && reinterpret_cast<uintptr_t>(a.weight) % 16 == 0;
+  choose_kernel(layer, family, limits);
   return layer;
 }
 

@@ -22,44 +22,53 @@ Encode find_encode() {
   return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function) : nullptr;
 }
 
-// A tensor of five dimensions and the box of it that is copied at once, innermost first; strides in bytes.
-const char* encode(CUtensorMap& map, DType dtype, const void* data, const cuuint64_t (&sizes)[5],
-                   const cuuint64_t (&strides)[4], const cuuint32_t (&box)[5], CUtensorMapSwizzle swizzle) {
+template <typename T>
+constexpr CUtensorMapDataType kType = std::is_same_v<T, float>    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                                      : std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                                  : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+
+// A tensor, and the box of it that is copied at once, innermost dimension first; strides in elements.
+template <typename T, int kRank>
+const char* encode(CUtensorMap& map, const void* data, const cuuint64_t (&sizes)[kRank],
+                   cuuint64_t (&&strides)[kRank - 1], const cuuint32_t (&box)[kRank]) {
   static const Encode function = find_encode();
   if (!function) return "this driver has no cuTensorMapEncodeTiled; that of CUDA 12.0 has, and later ones";
-  constexpr cuuint32_t kEach[5] = {1, 1, 1, 1, 1};
-  const CUresult result =
-      function(&map, dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 5,
-               const_cast<void*>(data), sizes, strides, box, kEach, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-               CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  for (cuuint64_t& stride : strides) stride *= sizeof(T);
+  constexpr cuuint32_t kEach[] = {1, 1, 1, 1, 1};
+  const CUresult result = function(&map, kType<T>, kRank, const_cast<void*>(data), sizes, strides, box, kEach,
+                                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                   CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refused a tensor; please report its sizes";
 }
 
-// x as [n][cin / 8][h][w][8]: a box is a halo as the kernel wants it.
-const char* encode_pixels(CUtensorMap& map, const Sm90Args& args, const Sm90Problem& p) {
-  const cuuint64_t n = p.n, h = p.h, w = p.w, pixel = 2 * p.cin;
-  return encode(map, p.dtype, args.x, {8, w, h, pixel / kCell, n}, {pixel, w * pixel, kCell, h * w * pixel},
-                {8, kHalo, kHalo, kChunk / 8, 1}, CU_TENSOR_MAP_SWIZZLE_NONE);
-}
-
-// The weights as [cout / 32][4 b][4 t][2 e][tap, ci], of channels 32 a + 8 t + 2 b + e.
-const char* encode_weights(CUtensorMap& map, const Sm90Args& args, const Sm90Problem& p) {
-  const cuuint64_t row = 9 * 2 * p.cin, groups = p.cout / 32;
-  return encode(map, p.dtype, args.weight, {row / 2, 2, 4, 4, groups}, {row, 8 * row, 2 * row, 32 * row},
-                {kChunk, 2, 4, 4, kColumns / 32}, CU_TENSOR_MAP_SWIZZLE_128B);
-}
-
 template <typename T>
-const char* launch_typed(const Sm90Args& args, const Sm90Problem& p, const Sm90Plan& plan, int multiprocessors,
-                         Queue queue) {
-  const auto kernel = conv3x3_sm90_kernel<T>;
+const char* encode_pixels(CUtensorMap& map, const Sm90Args& args, const Sm90Problem& p, int rows) {
+  const cuuint64_t n = p.n, h = p.h, w = p.w, cin = p.cin;
+  return encode<T, 4>(map, args.x, {cin, w, h, n}, {cin, w * cin, h * w * cin},
+                      {kChunk<T>, kHalo, static_cast<cuuint32_t>(rows + 2), 1});
+}
+
+// The weights as [cout / 16][2 s][4 r][2 e][tap, ci], row 8 s + 2 r + e of a warp: the dimensions of a tensor map may
+// be any, so the channels that are these rows may be those that the stores want (store_columns).
+template <typename T>
+const char* encode_weights(CUtensorMap& map, const Sm90Args& args, const Sm90Problem& p) {
+  const cuuint64_t row = 9 * p.cin, groups = p.cout / 16, r = kTurned<T> ? 4 : 2, s = kTurned<T> ? 2 : 8;
+  return encode<T, 5>(map, args.weight, {row, 2, 4, 2, groups}, {row, r * row, s * row, 16 * row},
+                      {kChunk<T>, 2, 4, 2, kColumns / 16});
+}
+
+template <typename T, int kRows>
+const char* launch_rows(const Sm90Args& args, const Sm90Problem& p, const Sm90Plan& plan, int multiprocessors,
+                        Queue queue) {
+  const auto kernel = conv3x3_sm90_kernel<T, kRows>;
+  constexpr int kSharedBytes = Layout<kRows>::kBytes;
   if (const char* error = text_of(cudaSetDevice(queue.device))) return error;
   if (const char* error =
           text_of(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes)))
     return error;
   CUtensorMap x, weight;
-  if (const char* error = encode_pixels(x, args, p)) return error;
-  if (const char* error = encode_weights(weight, args, p)) return error;
+  if (const char* error = encode_pixels<T>(x, args, p, kRows)) return error;
+  if (const char* error = encode_weights<T>(weight, args, p)) return error;
   Task t{};
   t.affine = args.affine;
   t.out = args.out;
@@ -86,6 +95,13 @@ const char* launch_typed(const Sm90Args& args, const Sm90Problem& p, const Sm90P
   return text_of(error == cudaSuccess ? cudaGetLastError() : error);
 }
 
+template <typename T>
+const char* launch_typed(const Sm90Args& args, const Sm90Problem& p, const Sm90Plan& plan, int multiprocessors,
+                         Queue queue) {
+  const auto launch = plan.rows == 14 ? launch_rows<T, 14> : launch_rows<T, 16>;
+  return launch(args, p, plan, multiprocessors, queue);
+}
+
 }  // namespace
 
 const char* launch_conv3x3_sm90(const Sm90Args& args, const Sm90Problem& p, int multiprocessors, Queue queue) {
@@ -96,8 +112,15 @@ const char* launch_conv3x3_sm90(const Sm90Args& args, const Sm90Problem& p, int 
   if (p.n == 0) return nullptr;
   const Sm90Plan plan = plan_sm90(p, multiprocessors);
   if (plan.split > 1 && !(args.partial && args.arrived)) return "no workspace for the partial sums of the plan";
-  return p.dtype == DType::kFloat16 ? launch_typed<__half>(args, p, plan, multiprocessors, queue)
-                                    : launch_typed<__nv_bfloat16>(args, p, plan, multiprocessors, queue);
+  switch (p.dtype) {
+    case DType::kFloat32:
+      return launch_typed<float>(args, p, plan, multiprocessors, queue);
+    case DType::kFloat16:
+      return launch_typed<__half>(args, p, plan, multiprocessors, queue);
+    case DType::kBFloat16:
+      return launch_typed<__nv_bfloat16>(args, p, plan, multiprocessors, queue);
+  }
+  return "an unknown dtype";
 }
 
 }  // namespace vgg_fast::cuda

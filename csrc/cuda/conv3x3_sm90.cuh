@@ -1,26 +1,30 @@
 // conv3x3 for sm_90a: wgmma straight from a halo tile that TMA copies, with warp specialisation.
 //
-//              +- parallel: CTA -----------------+- parallel: CTA -+- sequential --------------------------+
-//   one tile:  | 4 (or 2) blocks of 8 x 8 pixels | 128 of cout     | cin in chunks of 64, 9 taps, 4 k-steps |
-//              +- consumer, m64 -+- mma, 8 x 8 --+- mma, n128 -----+------------------------------- mma, k16 +
+//              +- parallel: CTA ------------------+- parallel: CTA -+- sequential ----------------+
+//   one tile:  | 4 (or 2) blocks of kRows x 8     | 64 of cout      | cin in chunks of 128 bytes, |
+//              |                     pixels       |                 | 9 taps, 4 k-steps           |
+//              +- consumer -- mma, n = 8 * kRows -+- mma, m64 ------+-------------- mma, 32 bytes +
 //
 // A CTA takes item after item of the plan (conv3x3_sm90_cuda.h). One thread of the producer warpgroup copies: for each
-// chunk the 10 x 10 pixel halos of the blocks, for each tap of it the weights, each into a ring of its own. Two
-// consumer warpgroups multiply, two blocks (or one) each. What lies outside the image TMA fills with zeros: that is the
-// padding, and no size is special.
+// chunk the halos of the blocks, (kRows + 2) x 10 pixels, for each tap of it the weights, each into a ring of its own.
+// Two consumer warpgroups multiply, two blocks (or one) each, all of them with the same weights. What lies outside the
+// image TMA fills with zeros: that is the padding, and no size is special.
+//
+// The product is transposed: output channels are its rows, pixels its columns, of which there may be any multiple of 8.
+// So blocks are 14 rows high where that fits a map better than 16 (the plan chooses), and a tile is many pixels by few
+// channels: with a halo, a pixel costs the L2 little more for 64 channels than for 128, and weights are what is left.
 //
 // In shared memory a halo is
-//   [chunk / 8][halo row 10][halo column 10][8 channels]     16-byte cells: (channels * 100 + row * 10 + column) * 16
-// so the rows of a core matrix (8 neighbouring pixels x 8 channels) lie side by side: a wgmma operand without
-// swizzling, for ANY start, and a tap is the start moved by kh * 10 + kw cells. So each pixel is copied once (1.56
-// times, with the halos) and not nine times. The price are rows of 16 bytes for TMA, each of them half a sector.
-// 128-byte rows under a swizzle would not have it, but then a tap's start would not be a multiple of the swizzle's 1024
-// bytes, and what wgmma does there is not documented.
+//   [halo row kRows + 2][halo column 10][channels of a chunk]     of a pixel 128 bytes, their 16-byte units swizzled
+// so 8 neighbouring pixels are the 8 rows of a core matrix, the next row of the block lies 10 pixels further, and a tap
+// is the start moved by kh * 10 + kw pixels. Each pixel is copied once (1.4 times, with the halos) and not nine times.
+// The start of an operand is then not that of its swizzle's pattern, of 1024 bytes. PTX ISA 9.7.15.5.1.2.2 asks of the
+// descriptor's base offset that it tell where the *pattern* starts: at a multiple of 1024 bytes, so it is 0; the bits
+// of an address alone decide how it is swizzled, as they do when TMA writes. No example shows it. Where a GPU
+// disagrees, the self test finds out.
 //
-// A tap's weights are 128 rows of 64 channels under the 128-byte swizzle. TMA copies their rows in another order (the
-// dimensions of a tensor map may be any), so that a thread's accumulators are of 8 neighbouring output channels:
-// 16-byte stores, no shuffles, no shared memory in the epilogue.
-//   row 32 a + 8 b + 2 t + e holds channel 32 a + 8 t + 2 b + e:  b < 4, t = lane % 4, e < 2
+// fp32 is multiplied as tf32: wgmma reads the upper 19 bits of what TMA has copied, so operands are cut off, not
+// rounded.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -32,19 +36,31 @@
 
 namespace vgg_fast::cuda::sm90 {
 
-constexpr int kBlock = kSm90Block, kHalo = kBlock + 2, kColumns = kSm90Columns, kChunk = kSm90Channels;
+constexpr int kWidth = kSm90Width, kHalo = kWidth + 2, kColumns = kSm90Columns;
 constexpr int kConsumers = 2, kThreads = 128 * (kConsumers + 1);
-constexpr int kCell = 16, kPlane = kHalo * kHalo * kCell;  // bytes: 8 channels of a pixel, of a halo
-constexpr int kHaloBytes = kChunk / 8 * kPlane, kPixelBytes = kSm90Whole * kHaloBytes;
-constexpr int kWeightBytes = kColumns * kChunk * 2;
-constexpr int kPixelStages = 2, kWeightStages = 7;  // a stage of pixels serves nine of weights
-constexpr int kWeightsAt = kPixelStages * kPixelBytes, kBarriersAt = kWeightsAt + kWeightStages * kWeightBytes;
-constexpr int kFlagAt = kBarriersAt + 2 * (kPixelStages + kWeightStages) * 8, kSharedBytes = kFlagAt + 16;
-static_assert(kSharedBytes == 217248, "all of it dynamic: no cubin tells, so the tests read it here");
-static_assert(kSharedBytes <= 227 * 1024 && kWeightsAt % 1024 == 0);
+constexpr int kPixel = kSm90Chunk, kPattern = 8 * kPixel;  // bytes: a pixel's chunk, what repeats under the swizzle
+constexpr int kWeightBytes = kColumns * kPixel;
+constexpr int kMostShared = 227 * 1024;
+
+// Shared memory for blocks of so many rows: halos, weights, mbarriers, a flag.
+template <int kRows>
+struct Layout {
+  static constexpr int kCopied = (kRows + 2) * kHalo * kPixel;  // bytes of a halo
+  static constexpr int kHaloBytes = (kCopied + kPattern - 1) / kPattern * kPattern;
+  static constexpr int kPixelStages = 2, kPixelBytes = kSm90Whole * kHaloBytes;
+  static constexpr int kWeightStages = (kMostShared - kPixelStages * kPixelBytes - 1024) / kWeightBytes;
+  static constexpr int kWeightsAt = kPixelStages * kPixelBytes, kBarriersAt = kWeightsAt + kWeightStages * kWeightBytes;
+  static constexpr int kFlagAt = kBarriersAt + 2 * (kPixelStages + kWeightStages) * 8, kBytes = kFlagAt + 16;
+};
+static_assert(Layout<14>::kWeightStages == 8 && Layout<16>::kWeightStages == 5);
+// All of it is dynamic and no cubin tells, so the tests read it here.
+static_assert(Layout<14>::kBytes == 229552 && Layout<16>::kBytes == 229504);
 
 // 64 accumulators for each of two blocks; 24 * 128 + 240 * 256 = 168 * 384, what the launch bounds leave to a thread.
 constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+
+template <typename T>
+constexpr int kChunk = kPixel / sizeof(T);  // channels
 
 // A problem and its plan as the kernel takes them; shapes of the tensors as in Sm90Args.
 struct Task {
@@ -64,19 +80,20 @@ struct Item {
   int begin, end;     // channels
   int tile, part;     // of those whose sum is shared
 
-  __device__ Item(const Task& t, int item) : whole(item < t.whole) {
+  __device__ Item(const Task& t, int item, int chunk) : whole(item < t.whole) {
     const int columns = t.cout / kColumns, rest = item - t.whole;
     tile = rest / t.split;
     part = rest % t.split;
     const int at = whole ? item : tile, row = at / columns;
     block = whole ? row * kSm90Whole : t.whole / columns * kSm90Whole + row * kSm90Half;
     column = at % columns * kColumns;
-    const int chunks = t.cin / kChunk, each = whole ? chunks : (chunks + t.split - 1) / t.split;
-    begin = whole ? 0 : part * each * kChunk;
-    end = min(begin + each * kChunk, t.cin);
+    const int chunks = t.cin / chunk, each = whole ? chunks : (chunks + t.split - 1) / t.split;
+    begin = whole ? 0 : part * each * chunk;
+    end = min(begin + each * chunk, t.cin);
   }
 };
 
+template <int kRows>
 struct Block {
   int n, y, x;  // the image, and the first pixel
 
@@ -84,15 +101,15 @@ struct Block {
   __device__ Block(const Task& t, int block) {
     const int line = block / t.across;
     n = line / t.down;
-    y = line % t.down * kBlock;
-    x = block % t.across * kBlock;
+    y = line % t.down * kRows;
+    x = block % t.across * kWidth;
   }
 };
 
 // How many taps the first consumer is ahead of the second. Either keeps the tensor cores busy alone, so the one's
-// epilogue is hidden behind the other's products, for as long as the lead lasts: 512 clocks a tap, an epilogue is 1000
-// to 1500 (estimated from its instructions). Whoever is ahead loses the lead in his epilogue, and has it back in the
-// other's.
+// epilogue is hidden behind the other's products, for as long as the lead lasts: 448 or 512 clocks a tap, an epilogue
+// is some 1000 (estimated from its instructions). Whoever is ahead loses the lead in his epilogue, and has it back in
+// the other's.
 constexpr int kLead = 3;
 constexpr int kGatherBarrier = 1, kLeadBarrier = 2;
 
@@ -111,31 +128,42 @@ struct Ring {
 };
 
 // Addresses in shared memory.
+template <int kRows>
 struct Shared {
+  using L = Layout<kRows>;
   uint32_t start;
 
-  __device__ uint32_t pixels(int stage) const { return start + stage * kPixelBytes; }
-  __device__ uint32_t weights(int stage) const { return start + kWeightsAt + stage * kWeightBytes; }
-  __device__ uint32_t pixels_full(int stage) const { return start + kBarriersAt + stage * 8; }
-  __device__ uint32_t pixels_empty(int stage) const { return pixels_full(kPixelStages + stage); }
-  __device__ uint32_t weights_full(int stage) const { return pixels_full(2 * kPixelStages + stage); }
-  __device__ uint32_t weights_empty(int stage) const { return weights_full(kWeightStages + stage); }
+  __device__ uint32_t pixels(int stage) const { return start + stage * L::kPixelBytes; }
+  __device__ uint32_t weights(int stage) const { return start + L::kWeightsAt + stage * kWeightBytes; }
+  __device__ uint32_t pixels_full(int stage) const { return start + L::kBarriersAt + stage * 8; }
+  __device__ uint32_t pixels_empty(int stage) const { return pixels_full(L::kPixelStages + stage); }
+  __device__ uint32_t weights_full(int stage) const { return pixels_full(2 * L::kPixelStages + stage); }
+  __device__ uint32_t weights_empty(int stage) const { return weights_full(L::kWeightStages + stage); }
+  __device__ uint32_t flag() const { return start + L::kFlagAt; }
 };
 
-__device__ inline void produce(const CUtensorMap& x, const CUtensorMap& weight, const Task& t, Shared shared) {
-  Ring<kPixelStages> pixels;
-  Ring<kWeightStages> weights;
+template <int kRows>
+struct Rings {
+  Ring<Layout<kRows>::kPixelStages> pixels;
+  Ring<Layout<kRows>::kWeightStages> weights;
+};
+
+template <typename T, int kRows>
+__device__ void produce(const CUtensorMap& x, const CUtensorMap& weight, const Task& t, Shared<kRows> shared) {
+  using L = Layout<kRows>;
+  Rings<kRows> rings;
+  auto& [pixels, weights] = rings;
   for (int i = blockIdx.x; i < t.items; i += gridDim.x) {
-    const Item item(t, i);
+    const Item item(t, i, kChunk<T>);
     const int count = item.whole ? kSm90Whole : kSm90Half;
-    for (int channel = item.begin; channel < item.end; channel += kChunk) {
+    for (int channel = item.begin; channel < item.end; channel += kChunk<T>) {
       ptx90::mbarrier_wait(shared.pixels_empty(pixels.stage), pixels.parity ^ 1);
-      ptx90::mbarrier_arrive_expect(shared.pixels_full(pixels.stage), count * kHaloBytes);
+      ptx90::mbarrier_arrive_expect(shared.pixels_full(pixels.stage), count * L::kCopied);
 #pragma unroll 1
       for (int b = 0; b < count; ++b) {
-        const Block block(t, item.block + b);
-        ptx90::copy_box(shared.pixels(pixels.stage) + b * kHaloBytes, x, shared.pixels_full(pixels.stage), 0,
-                        block.x - 1, block.y - 1, channel / 8, block.n);
+        const Block<kRows> block(t, item.block + b);
+        ptx90::copy_box(shared.pixels(pixels.stage) + b * L::kHaloBytes, x, shared.pixels_full(pixels.stage), channel,
+                        block.x - 1, block.y - 1, block.n);
       }
       pixels.advance();
 #pragma unroll 1
@@ -143,134 +171,156 @@ __device__ inline void produce(const CUtensorMap& x, const CUtensorMap& weight, 
         ptx90::mbarrier_wait(shared.weights_empty(weights.stage), weights.parity ^ 1);
         ptx90::mbarrier_arrive_expect(shared.weights_full(weights.stage), kWeightBytes);
         ptx90::copy_box(shared.weights(weights.stage), weight, shared.weights_full(weights.stage),
-                        tap * t.cin + channel, 0, 0, 0, item.column / 32);
+                        tap * t.cin + channel, 0, 0, 0, item.column / 16);
         weights.advance();
       }
     }
   }
 }
 
-// What a thread needs for its 8 neighbouring channels from `co` on.
-struct Affine {
-  float scale[8], shift[8];
+// A thread's accumulators of a block: sums[4 * y + 2 * s + e] is of pixel (y, 2 * (lane % 4) + e), and of row 8 * s +
+// lane / 4 of the warp's 16 rows of weights. So a warp has matrices of 8 rows by 8 pixels, a channel a row, and for
+// full sectors 8 neighbouring channels of a pixel must be stored at once.
+//   fp32: they are 32 bytes, in eight lanes. Row 8 * s + r is channel 8 * s + r.
+//   16 bits: movmatrix turns a matrix around, and a thread has two channels of one pixel. Row 8 * s + 2 * r + e is
+//   channel
+//            4 * r + 2 * s + e, so the two of the other s are their neighbours: 8 bytes a thread, 32 in four lanes.
+// (encode_weights has it so.)
+template <typename T>
+constexpr bool kTurned = sizeof(T) == 2;
 
-  __device__ Affine(const Task& t, int co) {
+struct Affine {
+  float scale[2], shift[2], floor;
+
+  // Of the channels of a thread's rows, s = 0 and 1.
+  template <typename T>
+  static __device__ Affine of(const Task& t, int column, int warp, int lane) {
+    Affine a;
+    a.floor = t.floor;
+    const float* scale = t.affine + column + 16 * warp;
+    const float* shift = scale + t.cout;
+    if constexpr (kTurned<T>) {  // four values, of which two are wanted: full sectors
+      const bool odd = lane / 4 % 2;
+      const float4 scales = __ldg(reinterpret_cast<const float4*>(scale + lane / 8 * 4));
+      const float4 shifts = __ldg(reinterpret_cast<const float4*>(shift + lane / 8 * 4));
+      a.scale[0] = odd ? scales.y : scales.x;
+      a.scale[1] = odd ? scales.w : scales.z;
+      a.shift[0] = odd ? shifts.y : shifts.x;
+      a.shift[1] = odd ? shifts.w : shifts.z;
+    } else {
 #pragma unroll
-    for (int i = 0; i < 8; i += 4) {
-      *reinterpret_cast<float4*>(scale + i) = __ldg(reinterpret_cast<const float4*>(t.affine + co + i));
-      *reinterpret_cast<float4*>(shift + i) = __ldg(reinterpret_cast<const float4*>(t.affine + t.cout + co + i));
+      for (int s = 0; s < 2; ++s) {
+        a.scale[s] = __ldg(scale + 8 * s + lane / 4);
+        a.shift[s] = __ldg(shift + 8 * s + lane / 4);
+      }
     }
+    return a;
   }
 
-  // scale * sum + shift, or `floor` where that is less (not where it is NaN), in 16 bytes.
+  // scale * sum + shift, or `floor` where that is less (not where it is NaN).
+  __device__ float apply(float sum, int s) const {
+    const float y = fmaf(sum, scale[s], shift[s]);
+    return y < floor ? floor : y;
+  }
+
+  // The same of two columns of a matrix, rounded.
   template <typename T>
-  __device__ uint4 apply(const float (&sum)[8], float floor) const {
+  __device__ uint32_t pair(const float (&sums)[2], int s) const {
+    const float left = apply(sums[0], s), right = apply(sums[1], s);
     using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
-    uint4 cell;
-    Pair* pairs = reinterpret_cast<Pair*>(&cell);
-    float y[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      y[i] = fmaf(sum[i], scale[i], shift[i]);
-      y[i] = y[i] < floor ? floor : y[i];
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (std::is_same_v<T, __half>)
-        pairs[i] = __floats2half2_rn(y[2 * i], y[2 * i + 1]);
-      else
-        pairs[i] = __floats2bfloat162_rn(y[2 * i], y[2 * i + 1]);
-    }
-    return cell;
+    Pair both;
+    if constexpr (std::is_same_v<T, __half>)
+      both = __floats2half2_rn(left, right);
+    else
+      both = __floats2bfloat162_rn(left, right);
+    return *reinterpret_cast<const uint32_t*>(&both);
   }
 };
 
-// Element 8 * (lane % 4) of the pixel, of the tile's first channel; null outside the map.
-template <typename T>
-__device__ T* cell_of(const Task& t, void* map, int n, int y, int x, int h, int w, int column, int lane) {
-  if (n >= t.n || y >= h || x >= w) return nullptr;
-  return static_cast<T*>(map) + ((static_cast<int64_t>(n) * h + y) * w + x) * t.cout + column + 8 * (lane % 4);
-}
-
-// The blocks of a warpgroup. Of each a warp has two rows, a thread the same column of both.
-template <typename T, int kOwn>
-__device__ void store_pixels(const Task& t, const Block (&blocks)[kOwn], int column, int warp, int lane,
-                             const float (&sums)[kOwn][64]) {
-  T* cells[kOwn][2];
+// Stores the matrices of both s. sums: of columns 2 * (lane % 4) and that + 1; place(column): how many pixels behind
+// `at` it lies, or -1 if outside; at: the warp's first channel there.
+template <typename T, typename Place>
+__device__ void store_columns(T* at, int cout, int lane, const Affine& affine, const float (&sums)[2][2], Place place) {
+  if constexpr (kTurned<T>) {
+    const uint2 channels =
+        make_uint2(ptx90::transpose8x8(affine.pair<T>(sums[0], 0)), ptx90::transpose8x8(affine.pair<T>(sums[1], 1)));
+    const int pixel = place(lane / 4);
+    // Of an assignment the compiler makes two stores, of half sectors.
+    if (pixel >= 0)
+      __stwb(reinterpret_cast<uint2*>(at + static_cast<int64_t>(pixel) * cout + 4 * (lane % 4)), channels);
+  } else {
 #pragma unroll
-  for (int i = 0; i < kOwn; ++i)
+    for (int e = 0; e < 2; ++e) {
+      const int pixel = place(2 * (lane % 4) + e);
 #pragma unroll
-    for (int s = 0; s < 2; ++s)
-      cells[i][s] =
-          cell_of<T>(t, t.out, blocks[i].n, blocks[i].y + 2 * warp + s, blocks[i].x + lane / 4, t.h, t.w, column, lane);
-#pragma unroll
-  for (int a = 0; a < 4; ++a) {
-    const Affine affine(t, column + 32 * a + 8 * (lane % 4));
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i)
-#pragma unroll
-      for (int s = 0; s < 2; ++s) {
-        float sum[8];
-#pragma unroll
-        for (int c = 0; c < 8; ++c) sum[c] = sums[i][16 * a + 4 * (c / 2) + 2 * s + c % 2];
-        if (cells[i][s]) *reinterpret_cast<uint4*>(cells[i][s] + 32 * a) = affine.apply<T>(sum, t.floor);
-      }
-  }
-}
-
-// The same, pooled: a window is both rows of two threads, four lanes apart. The one on the left goes on with the lower
-// half of the channels, the one on the right with the upper half.
-template <typename T, int kOwn>
-__device__ void store_windows(const Task& t, const Block (&blocks)[kOwn], int column, int warp, int lane,
-                              const float (&sums)[kOwn][64]) {
-  const bool right = lane & 4;
-  const int half = right ? 64 : 0;
-  T* cells[kOwn];
-#pragma unroll
-  for (int i = 0; i < kOwn; ++i)
-    cells[i] = cell_of<T>(t, t.pooled, blocks[i].n, blocks[i].y / 2 + warp, blocks[i].x / 2 + lane / 8, t.h / 2,
-                          t.w / 2, column + half, lane);
-#pragma unroll
-  for (int a = 0; a < 2; ++a) {
-    const Affine affine(t, column + half + 32 * a + 8 * (lane % 4));
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      float best[8];
-#pragma unroll
-      for (int c = 0; c < 8; ++c) {
-        const int lower = 16 * a + 4 * (c / 2) + c % 2, upper = lower + 32;
-        const float left_half = pool_max(sums[i][lower], sums[i][lower + 2]);
-        const float right_half = pool_max(sums[i][upper], sums[i][upper + 2]);
-        const float other = __shfl_xor_sync(0xFFFFFFFF, right ? left_half : right_half, 4);
-        best[c] = pool_max(right ? right_half : left_half, other);
-      }
-      if (cells[i]) *reinterpret_cast<uint4*>(cells[i] + 32 * a) = affine.apply<T>(best, t.floor);
+      for (int s = 0; s < 2; ++s)
+        if (pixel >= 0) at[static_cast<int64_t>(pixel) * cout + 8 * s + lane / 4] = affine.apply(sums[s][e], s);
     }
   }
 }
 
-template <typename T, int kOwn>
-__device__ void multiply(const Task& t, const Item& item, Shared shared, int consumer, int lane,
-                         Ring<kPixelStages>& pixels, Ring<kWeightStages>& weights, int& lead, float (&sums)[kOwn][64]) {
-  constexpr uint64_t kPixelMatrix = ptx90::matrix_descriptor(kPlane, kHalo * kCell, false);
-  constexpr uint64_t kWeightMatrix = ptx90::matrix_descriptor(16, 8 * kChunk * 2, true);
+template <typename T, int kRows>
+__device__ void store_pixels(const Task& t, const Block<kRows>& block, T* map, int lane, const Affine& affine,
+                             const float (&sums)[4 * kRows]) {
+  const int down = block.n < t.n ? t.h - block.y : 0, across = t.w - block.x;
+  T* at = map + ((static_cast<int64_t>(block.n) * t.h + block.y) * t.w + block.x) * t.cout;
+#pragma unroll
+  for (int y = 0; y < kRows; ++y, at += static_cast<int64_t>(t.w) * t.cout) {
+    const float* row = sums + 4 * y;
+    const float columns[2][2] = {{row[0], row[1]}, {row[2], row[3]}};
+    store_columns(at, t.cout, lane, affine, columns, [&](int x) { return y < down && x < across ? x : -1; });
+  }
+}
+
+// The same, pooled: a window is four sums of one thread. Columns 2 * x and 2 * x + 1 of a matrix are the windows x of
+// two rows of them.
+template <typename T, int kRows>
+__device__ void store_windows(const Task& t, const Block<kRows>& block, T* map, int lane, const Affine& affine,
+                              const float (&sums)[4 * kRows]) {
+  const int h = t.h / 2, w = t.w / 2, top = block.y / 2, left = block.x / 2;
+  const int down = block.n < t.n ? min(h - top, kRows / 2) : 0, across = w - left;
+  T* at = map + ((static_cast<int64_t>(block.n) * h + top) * w + left) * t.cout;
+#pragma unroll
+  for (int y = 0; y < kRows / 2; y += 2, at += static_cast<int64_t>(2 * w) * t.cout) {
+    float best[2][2] = {};
+#pragma unroll
+    for (int s = 0; s < 2; ++s)
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        if (y + e < kRows / 2) {
+          const float* window = sums + 8 * (y + e) + 2 * s;
+          best[s][e] = pool_max(pool_max(window[0], window[1]), pool_max(window[4], window[5]));
+        }
+    store_columns(at, t.cout, lane, affine, best, [&](int column) {
+      const int odd = column % 2, x = column / 2;
+      return y + odd < down && x < across ? odd * w + x : -1;
+    });
+  }
+}
+
+template <typename T, int kRows, int kOwn>
+__device__ void multiply(const Task& t, const Item& item, Shared<kRows> shared, int consumer, int lane,
+                         Rings<kRows>& rings, int& lead, float (&sums)[kOwn][4 * kRows]) {
+  constexpr int kHaloBytes = Layout<kRows>::kHaloBytes;
+  constexpr uint64_t kWeightMatrix = ptx90::matrix_descriptor(16, 8 * kPixel, true);
+  constexpr uint64_t kPixelMatrix = ptx90::matrix_descriptor(16, kHalo * kPixel, true);
+  auto& [pixels, weights] = rings;
   uint32_t read_weights = 0, read_pixels = 0;  // the mbarriers of the stages that the products under way read
-  for (int channel = item.begin; channel < item.end; channel += kChunk) {
+  for (int channel = item.begin; channel < item.end; channel += kChunk<T>) {
     ptx90::mbarrier_wait(shared.pixels_full(pixels.stage), pixels.parity);
     const uint64_t halos = ptx90::at(kPixelMatrix, shared.pixels(pixels.stage) + kOwn * consumer * kHaloBytes);
 #pragma unroll 1
     for (int tap = 0; tap < 9; ++tap) {
       const bool first = channel == item.begin && tap == 0;
       ptx90::mbarrier_wait(shared.weights_full(weights.stage), weights.parity);
-      const uint64_t pixel = halos + (tap / 3 * kHalo + tap % 3);
+      const uint64_t pixel = halos + (tap / 3 * kHalo + tap % 3) * (kPixel / 16);
       const uint64_t weight = ptx90::at(kWeightMatrix, shared.weights(weights.stage));
       ptx90::wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < kChunk / 16; ++k)
+      for (int k = 0; k < kPixel / 32; ++k)
 #pragma unroll
         for (int i = 0; i < kOwn; ++i)
-          ptx90::wgmma_m64n128k16<T>(sums[i], pixel + (i * kHaloBytes + 2 * k * kPlane) / 16, weight + 2 * k,
-                                     k > 0 || !first);
+          ptx90::wgmma<T>(sums[i], weight + 2 * k, pixel + i * kHaloBytes / 16 + 2 * k, k > 0 || !first);
       ptx90::wgmma_commit();
       if (lead > 0 && --lead == 0) ptx90::barrier_arrive(kLeadBarrier, 128 * kConsumers);
       ptx90::wgmma_wait<1>();
@@ -295,27 +345,30 @@ __device__ void multiply(const Task& t, const Item& item, Shared shared, int con
 }
 
 // Adds up the sums of all items that share a tile, in their order; true for the item that came last and has them all.
-__device__ inline bool gather(const Task& t, const Item& item, Shared shared, float (&sums)[64]) {
+template <int kRows>
+__device__ bool gather(const Task& t, const Item& item, Shared<kRows> shared, float (&sums)[4 * kRows]) {
   constexpr int kEach = 128 * kConsumers;
   const int thread = threadIdx.x;
-  float4* parts = reinterpret_cast<float4*>(t.partial) + int64_t{item.tile} * t.split * 16 * kEach + thread;
+  float4* parts = reinterpret_cast<float4*>(t.partial) + int64_t{item.tile} * t.split * kRows * kEach + thread;
 #pragma unroll
-  for (int q = 0; q < 16; ++q)
-    parts[(item.part * 16 + q) * kEach] = make_float4(sums[4 * q], sums[4 * q + 1], sums[4 * q + 2], sums[4 * q + 3]);
+  for (int q = 0; q < kRows; ++q)
+    parts[(item.part * kRows + q) * kEach] =
+        make_float4(sums[4 * q], sums[4 * q + 1], sums[4 * q + 2], sums[4 * q + 3]);
   __threadfence();
   ptx90::barrier_sync(kGatherBarrier, kEach);
   if (thread == 0)  // the counter is back at zero after the last one
-    ptx90::store_shared(shared.start + kFlagAt, atomicInc(t.arrived + item.tile, t.split - 1) == t.split - 1);
+    ptx90::store_shared(shared.flag(), atomicInc(t.arrived + item.tile, t.split - 1) == t.split - 1);
   ptx90::barrier_sync(kGatherBarrier, kEach);
-  if (!ptx90::load_shared(shared.start + kFlagAt)) return false;
+  if (!ptx90::load_shared(shared.flag())) return false;
   __threadfence();
 #pragma unroll
-  for (int i = 0; i < 64; ++i) sums[i] = 0.0f;
+  for (float& sum : sums) sum = 0.0f;
+  // Its own part, too: kept in registers beside the sums it would spill.
 #pragma unroll 1
   for (int part = 0; part < t.split; ++part)
 #pragma unroll
-    for (int q = 0; q < 16; ++q) {
-      const float4 four = parts[(part * 16 + q) * kEach];
+    for (int q = 0; q < kRows; ++q) {
+      const float4 four = parts[(part * kRows + q) * kEach];
       sums[4 * q] += four.x;
       sums[4 * q + 1] += four.y;
       sums[4 * q + 2] += four.z;
@@ -324,38 +377,38 @@ __device__ inline bool gather(const Task& t, const Item& item, Shared shared, fl
   return true;
 }
 
-template <typename T, int kOwn>
-__device__ void consume(const Task& t, const Item& item, Shared shared, int consumer, Ring<kPixelStages>& pixels,
-                        Ring<kWeightStages>& weights, int& lead) {
+template <typename T, int kRows, int kOwn>
+__device__ void consume(const Task& t, const Item& item, Shared<kRows> shared, int consumer, Rings<kRows>& rings,
+                        int& lead) {
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-  float sums[kOwn][64];
-  multiply<T>(t, item, shared, consumer, lane, pixels, weights, lead, sums);
+  float sums[kOwn][4 * kRows];
+  multiply<T>(t, item, shared, consumer, lane, rings, lead, sums);
   if constexpr (kOwn == 1)
     if (t.split > 1 && !gather(t, item, shared, sums[0])) return;
-  const int block = item.block + kOwn * consumer;
-  if constexpr (kOwn == 1) {
-    const Block blocks[1] = {Block(t, block)};
-    if (t.out) store_pixels<T>(t, blocks, item.column, warp, lane, sums);
-    if (t.pooled) store_windows<T>(t, blocks, item.column, warp, lane, sums);
-  } else {
-    const Block blocks[2] = {Block(t, block), Block(t, block + 1)};
-    if (t.out) store_pixels<T>(t, blocks, item.column, warp, lane, sums);
-    if (t.pooled) store_windows<T>(t, blocks, item.column, warp, lane, sums);
+  const Affine affine = Affine::of<T>(t, item.column, warp, lane);
+  T* out = static_cast<T*>(t.out) + item.column + 16 * warp;
+  T* pooled = static_cast<T*>(t.pooled) + item.column + 16 * warp;
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    const Block<kRows> block(t, item.block + kOwn * consumer + i);
+    if (t.out) store_pixels(t, block, out, lane, affine, sums[i]);
+    if (t.pooled) store_windows(t, block, pooled, lane, affine, sums[i]);
   }
 }
 
-template <typename T>
+template <typename T, int kRows>
 __global__ void __launch_bounds__(kThreads, 1)
     conv3x3_sm90_kernel(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap weight,
                         const Task t) {
+  using L = Layout<kRows>;
   extern __shared__ __align__(1024) uint8_t memory[];  // all there is: it starts where the shared memory does
-  const Shared shared{ptx::shared_address(memory)};
+  const Shared<kRows> shared{ptx::shared_address(memory)};
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kPixelStages; ++i) {
+    for (int i = 0; i < L::kPixelStages; ++i) {
       ptx90::mbarrier_init(shared.pixels_full(i), 1);
       ptx90::mbarrier_init(shared.pixels_empty(i), 4 * kConsumers);
     }
-    for (int i = 0; i < kWeightStages; ++i) {
+    for (int i = 0; i < L::kWeightStages; ++i) {
       ptx90::mbarrier_init(shared.weights_full(i), 1);
       ptx90::mbarrier_init(shared.weights_empty(i), 4 * kConsumers);
     }
@@ -370,21 +423,20 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x == 128 * kConsumers) {
       ptx90::prefetch(x);
       ptx90::prefetch(weight);
-      produce(x, weight, t, shared);
+      produce<T>(x, weight, t, shared);
     }
     return;
   }
   ptx90::take_registers<kConsumerRegisters>();
   int lead = group == 0 ? kLead : 0;
   if (group != 0) ptx90::barrier_sync(kLeadBarrier, 128 * kConsumers);
-  Ring<kPixelStages> pixels;
-  Ring<kWeightStages> weights;
+  Rings<kRows> rings;
   for (int i = blockIdx.x; i < t.items; i += gridDim.x) {
-    const Item item(t, i);
+    const Item item(t, i, kChunk<T>);
     if (item.whole)
-      consume<T, 2>(t, item, shared, group, pixels, weights, lead);
+      consume<T, kRows, 2>(t, item, shared, group, rings, lead);
     else
-      consume<T, 1>(t, item, shared, group, pixels, weights, lead);
+      consume<T, kRows, 1>(t, item, shared, group, rings, lead);
   }
 }
 

@@ -7,17 +7,19 @@
 
 namespace vgg_fast::cuda {
 
-constexpr int kSm90Block = 8;                          // pixels, on each side of a block
+constexpr int kSm90Rows[] = {14, 16}, kSm90Width = 8;  // pixels of a block: the plan chooses its height
 constexpr int kSm90Whole = 4, kSm90Half = 2;           // blocks of a tile
-constexpr int kSm90Columns = 128, kSm90Channels = 64;  // of a tile: output channels, input channels of a chunk
+constexpr int kSm90Columns = 64;                       // output channels of a tile
+constexpr int kSm90Chunk = 128;                        // bytes: input channels of a pixel that are copied at once
 
 struct Sm90Problem {
   int64_t n, h, w, cin, cout;
-  DType dtype;
+  DType dtype;  // fp32 is multiplied as tf32
 };
 
 // How a problem is cut. Work items in order: `whole` whole tiles, then half tiles, those of each tile `split` times.
 struct Sm90Plan {
+  int rows;          // of a block
   int down, across;  // blocks of an image
   int whole, items;
   int split;                             // items that share the sum of a (half) tile, each some of its chunks

@@ -46,7 +46,8 @@ Tensor empty_map(const Tensor& x, const Layer& layer, int64_t h, int64_t w) {
 
 std::vector<Tensor> conv_stack_taps(const Tensor& any_x, const std::vector<Tensor>& weights,
                                     const std::vector<Tensor>& affines, const std::vector<int64_t>& program,
-                                    bool tf32) {
+                                    const std::string& kernel) {
+  const Family family = family_named(kernel);
   STD_TORCH_CHECK(weights.size() == program.size() && affines.size() == program.size(),
                   "conv_stack (cuda): ", weights.size(), " weights, ", affines.size(), " affines and ", program.size(),
                   " program entries; there must be as many of each");
@@ -56,18 +57,17 @@ std::vector<Tensor> conv_stack_taps(const Tensor& any_x, const std::vector<Tenso
   const Queue queue = scope.queue();
   const DeviceLimits limits = device_limits(queue.device);
   const Tensor x = torch::stable::contiguous(any_x, torch::headeronly::MemoryFormat::ChannelsLast);
-  const bool aligned_input = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
-  bool aligned = aligned_input;
+  bool aligned = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
   std::vector<Layer> layers;
   int64_t cin = any_x.size(1), h = any_x.size(2), w = any_x.size(3);
   for (size_t i = 0; i < program.size(); ++i) {
-    layers.push_back(plan_layer(x, aligned, cin, h, w, weights[i], affines[i], program[i], tf32, limits));
+    layers.push_back(plan_layer(x, aligned, cin, h, w, weights[i], affines[i], program[i], family, limits));
     aligned = true;  // what is allocated here is
     cin = layers.back().args.cout;
     h = layers.back().out_h();
     w = layers.back().out_w();
   }
-  fuse_first_block(layers, aligned_input);
+  fuse_first_block(layers);
 
   const Workspace plan = workspace_of(layers);
   Tensor workspace =
@@ -109,15 +109,16 @@ std::vector<Tensor> conv_stack_taps(const Tensor& any_x, const std::vector<Tenso
 }
 
 Tensor conv_stack(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& affines,
-                  const std::vector<int64_t>& program, bool tf32) {
+                  const std::vector<int64_t>& program, const std::string& kernel) {
   for (int64_t step : program)
     STD_TORCH_CHECK(!(step & kTap),
                     "conv_stack (cuda): a program with taps returns several tensors: ", "call conv_stack_taps");
-  return conv_stack_taps(x, weights, affines, program, tf32).back();
+  return conv_stack_taps(x, weights, affines, program, kernel).back();
 }
 
-Tensor conv3x3(const Tensor& x, const Tensor& weight, const Tensor& affine, bool relu, bool pool, bool tf32) {
-  return conv_stack(x, {weight}, {affine}, {(relu ? kRelu : 0) | (pool ? kPool : 0)}, tf32);
+Tensor conv3x3(const Tensor& x, const Tensor& weight, const Tensor& affine, bool relu, bool pool,
+               const std::string& kernel) {
+  return conv_stack(x, {weight}, {affine}, {(relu ? kRelu : 0) | (pool ? kPool : 0)}, kernel);
 }
 
 }  // namespace vgg_fast::cuda

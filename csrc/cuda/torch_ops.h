@@ -15,9 +15,10 @@ using torch::stable::Tensor;
 
 // x: [N, Cin, H, W], fp32, fp16 or bf16 (channels_last; anything else is copied).
 // weight: [Cout, 3, 3, Cin] contiguous, the dtype of x; affine: fp32 [2, Cout] contiguous, scale >= 0 and shift.
-// tf32: fp32 tensors may be multiplied in tf32; without it they are multiplied in fp32.
+// kernel: cuda, cuda_tf32, cuda_wgmma or cuda_wgmma_tf32 (Family, layer_cuda.h).
 // Returns channels_last [N, Cout, H, W], or [N, Cout, H / 2, W / 2] with pool.
-Tensor conv3x3(const Tensor& x, const Tensor& weight, const Tensor& affine, bool relu, bool pool, bool tf32);
+Tensor conv3x3(const Tensor& x, const Tensor& weight, const Tensor& affine, bool relu, bool pool,
+               const std::string& kernel);
 
 // x: [N, C, H, W], fp32, fp16 or bf16 (channels_last or contiguous; anything else is copied).
 // Returns [N, C, H / 2, W / 2]: channels_last where x is (and is not contiguous as well), else contiguous.
@@ -28,12 +29,13 @@ Tensor maxpool2x2_backward(const Tensor& grad, const Tensor& x);
 
 // A chain of conv3x3, at least one, on one stream; bits of program[i]: 1 = ReLU, 2 = pool after convolution i.
 Tensor conv_stack(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& affines,
-                  const std::vector<int64_t>& program, bool tf32);
+                  const std::vector<int64_t>& program, const std::string& kernel);
 
 // The same with a third bit, 4 = tap: the values of convolution i before its pool are returned as well. The taps in
 // order, then the result, which is a tensor of its own.
 std::vector<Tensor> conv_stack_taps(const Tensor& x, const std::vector<Tensor>& weights,
-                                    const std::vector<Tensor>& affines, const std::vector<int64_t>& program, bool tf32);
+                                    const std::vector<Tensor>& affines, const std::vector<int64_t>& program,
+                                    const std::string& kernel);
 
 // Whether [N, C, H, W] lies in memory as dense [N, H, W, C].
 bool is_channels_last(const Tensor& t);

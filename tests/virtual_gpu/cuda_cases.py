@@ -5,16 +5,17 @@ from __future__ import annotations
 import ctypes
 import functools
 import shutil
-import subprocess
-import tempfile
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tests.virtual_gpu.cases import CUDA, DTYPES, ROOT, Maxpool2x2Args, channels_last, nvcc_ptx
+from tests.compiled import compiled
+from tests.virtual_gpu import sm90
+from tests.virtual_gpu.cases import CUDA, DTYPES, ROOT, Conv3x3Args, Maxpool2x2Args, channels_last, nvcc_ptx
 from tests.virtual_gpu.launch import launch, ptx_entry
+from vgg_fast.kernels.configs import Architecture
 
 A100, H100 = 108, 132  # multiprocessors
 
@@ -48,17 +49,18 @@ class MmaArgs(ctypes.Structure):
 
 @functools.cache
 def planner() -> ctypes.CDLL:
-    """csrc/cuda/conv3x3_plan.cpp, compiled for this machine."""
+    """The planners of csrc/cuda, compiled for this machine."""
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
-        raise FileNotFoundError("no C++ compiler on the PATH to compile csrc/cuda/conv3x3_plan.cpp with")
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "plan.so"
-        sources = [CUDA / "conv3x3_plan.cpp", ROOT / "tests" / "cuda_on_host" / "plan.cpp"]
-        options = ["-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-I", str(CUDA)]
-        subprocess.run([compiler, *options, *map(str, sources), "-o", str(library)], check=True)
-        loaded = ctypes.CDLL(str(library))
+        raise FileNotFoundError("no C++ compiler on the PATH to compile csrc/cuda/*_plan.cpp with")
+    on_host = ROOT / "tests" / "cuda_on_host"
+    sources = [*sorted(CUDA.glob("*_plan.cpp")), on_host / "plan.cpp"]
+    options = ["-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    options += ["-I", str(on_host), "-I", str(CUDA)]
+    read = [*sources, *CUDA.glob("*.h"), *CUDA.glob("*.cuh"), *on_host.glob("*.h")]
+    loaded = ctypes.CDLL(str(compiled([compiler, *options, *sources], read, ".so")))
     loaded.mma_unsupported_for.restype = ctypes.c_char_p
+    loaded.plain_blocks_for.restype = ctypes.c_int64
     return loaded
 
 
@@ -72,6 +74,11 @@ def plan(wanted: MmaProblem, multiprocessors: int = A100, tile: int = -1, split:
     return result
 
 
+def stages() -> tuple[int, int]:
+    """Of weights and of halos, in a tile of conv3x3_mma."""
+    return planner().mma_weight_stages(), planner().mma_halo_stages()
+
+
 def plan_block1(n: int, h: int, w: int) -> MmaPlan:
     result = MmaPlan()
     planner().plan_block1_for(*(ctypes.c_int64(size) for size in (n, h, w)), ctypes.byref(result))
@@ -79,6 +86,49 @@ def plan_block1(n: int, h: int, w: int) -> MmaPlan:
 
 
 TILES = ("256x128", "128x64", "256x64")  # kMmaTiles
+FAMILIES = ("cuda", "cuda_tf32", "cuda_wgmma", "cuda_wgmma_tf32")  # Family
+PLAIN, TENSOR_CORES, HOPPER = range(3)  # Kernel
+
+
+class LayerPlan(ctypes.Structure):
+    """Layer of layer_cuda.h; with ``in_next`` it is part of the next one's launch."""
+
+    _fields_ = [
+        ("args", Conv3x3Args),
+        ("step", ctypes.c_int64),
+        ("aligned", ctypes.c_bool),
+        ("kernel", ctypes.c_int),
+        ("plan", MmaPlan),
+        ("hopper", sm90.Plan),
+        ("in_next", ctypes.c_bool),
+        ("with_previous", ctypes.c_bool),
+    ]
+
+
+def plan_chain(
+    size: tuple[int, int, int, int],
+    couts: Sequence[int],
+    program: Sequence[int],
+    dtype: torch.dtype,
+    kernel: str,
+    architecture: Architecture,
+) -> list[LayerPlan]:
+    """What conv_stack of csrc/cuda decides about each layer of a chain.
+
+    Args:
+        size: of the input, ``(N, Cin, H, W)``.
+        couts, program: per convolution, output channels and bits of what follows.
+        kernel: of :data:`FAMILIES`.
+    """
+    chain = (LayerPlan * len(couts))()
+    n, cin, h, w = size
+    for layer, cout, step in zip(chain, couts, program, strict=True):
+        layer.step, layer.aligned = step, True
+        args = layer.args
+        args.n, args.h, args.w, args.cin, args.cout, args.dtype = n, h, w, cin, cout, DTYPES[dtype][0]
+        cin, h, w = cout, h // (2 if step & 2 else 1), w // (2 if step & 2 else 1)
+    planner().plan_chain_for(chain, len(couts), FAMILIES.index(kernel), *architecture)
+    return list(chain)
 
 
 def conv3x3_mma(

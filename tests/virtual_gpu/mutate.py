@@ -27,16 +27,17 @@ def apply(wrongs: Iterable[Mutant], entry: Entry) -> Entry:
     lines = entry.ptx.splitlines()
     for mutant in wrongs:
         lines[mutant.line - 1] = mutant.text
-    ptx = "\n".join(lines)
+    ptx = "\n".join(_alone(lines, entry.code.name))
     return replace(entry, code=Code(parse(ptx)[entry.code.name]), ptx=ptx)
 
 
-def one_entry(ptx: str, name: str) -> str:
-    """nvcc's text of several kernels without all but one of them, so that a mutant of it is parsed at once."""
-    header, *kernels = ptx.split(".visible .entry ")
-    (kernel,) = (k for k in kernels if name in k.split("(", 1)[0])
-    last, end = kernels[-1], "\tret;\n\n}\n"
-    return f"{header}.visible .entry {kernel[: kernel.index(end)]}{last[last.index(end) :]}"
+def _alone(lines: list[str], name: str) -> Iterator[str]:
+    """Without the other kernels, which take their time to parse; every line keeps its number."""
+    ours = True
+    for line in lines:
+        if match := re.search(r"\.entry\s+([\w$]+)", line):
+            ours = match[1] == name
+        yield line if ours or re.match(r"\s*\.file\b", line) else ""
 
 
 # Which of the instructions of an opcode are changed, of ``n``. Barriers, waits and fences: all of them, one by one.

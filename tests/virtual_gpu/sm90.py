@@ -19,7 +19,7 @@ from tests.virtual_gpu.cases import CUDA, DTYPES, ROOT, channels_last, find_nvcc
 from tests.virtual_gpu.launch import Entry, Mapped, launch, ptx_entry
 
 MULTIPROCESSORS = 132  # of H100 and H200, SXM
-THREADS, HALO, COLUMNS = 384, 10, 128  # as in conv3x3_sm90.cuh
+THREADS, WIDTH, COLUMNS, HEIGHTS = 384, 8, 64, (14, 16)  # as in conv3x3_sm90.cuh
 
 
 class Problem(ctypes.Structure):
@@ -28,7 +28,7 @@ class Problem(ctypes.Structure):
 
 class Plan(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int) for name in ("down", "across", "whole", "items", "split")),
+        *((name, ctypes.c_int) for name in ("rows", "down", "across", "whole", "items", "split")),
         ("partial_bytes", ctypes.c_int64),
         ("counter_bytes", ctypes.c_int64),
     ]
@@ -103,9 +103,9 @@ def plan(wanted: Problem, multiprocessors: int = MULTIPROCESSORS) -> Plan:
     return result
 
 
-def shared_bytes() -> int:
-    """Dynamic shared memory, as the source states it."""
-    found = re.search(r"static_assert\(kSharedBytes == (\d+)", (CUDA / "conv3x3_sm90.cuh").read_text())
+def shared_bytes(rows: int) -> int:
+    """Dynamic shared memory with blocks of so many rows, as the source states it."""
+    found = re.search(rf"Layout<{rows}>::kBytes == (\d+)", (CUDA / "conv3x3_sm90.cuh").read_text())
     assert found is not None
     return int(found[1])
 
@@ -115,17 +115,22 @@ def _ptx() -> str:
     return nvcc_ptx(CUDA / "conv3x3_sm90.cu", "90a")
 
 
-def entry(dtype: torch.dtype) -> Entry:
-    return ptx_entry(_ptx(), f"conv3x3_sm90_kernel{DTYPES[dtype][1]}")
+def entry(dtype: torch.dtype, rows: int) -> Entry:
+    return ptx_entry(_ptx(), f"conv3x3_sm90_kernel{DTYPES[dtype][1].removesuffix('E')}Li{rows}E")
 
 
-def maps(x: Tensor, packed: Tensor) -> tuple[Mapped, Mapped]:
-    """Of ``x`` [N, Cin, H, W] channels_last, and of weights [Cout, 3, 3, Cin]."""
+def maps(x: Tensor, packed: Tensor, rows: int) -> tuple[Mapped, Mapped]:
+    """Of ``x`` [N, Cin, H, W] channels_last, and of weights [Cout, 3, 3, Cin], for blocks of so many rows."""
     (n, cin, h, w), cout = x.shape, packed.shape[0]
-    cells = x.permute(0, 2, 3, 1).reshape(n, h, w, cin // 8, 8).permute(0, 3, 1, 2, 4)
-    rows = packed.view(cout // 32, 4, 4, 2, 9 * cin).permute(0, 2, 1, 3, 4)  # channel 32 a + 8 t + 2 b + e: a, b, t, e
-    box = (64, 2, 4, 4, COLUMNS // 32)
-    return Mapped(x, (8, HALO, HALO, 8, 1), view=cells), Mapped(packed, box, {"swizzle": 128}, rows)
+    pixels = x.as_strided((n, h, w, cin), (h * w * cin, w * cin, cin, 1))  # as in memory, also where a size is 1
+    if x.dtype == torch.float32:
+        channels = packed.view(cout // 16, 2, 4, 2, 9 * cin)  # 16 w + 8 s + 2 r + e
+    else:
+        channels = packed.view(cout // 16, 4, 2, 2, 9 * cin).permute(0, 2, 1, 3, 4)  # 16 w + 4 r + 2 s + e: w, s, r, e
+    chunk = 128 // x.element_size()
+    boxes = (chunk, WIDTH + 2, rows + 2, 1), (chunk, 2, 4, 2, COLUMNS // 16)
+    swizzle = {"swizzle": 128}
+    return Mapped(x, boxes[0], swizzle, pixels), Mapped(packed, boxes[1], swizzle, channels)
 
 
 def outputs(x: Tensor, cout: int, out: bool, pooled: bool) -> dict[str, Tensor]:
@@ -158,6 +163,7 @@ def conv3x3(
     out: bool = True,
     pooled: bool = False,
     multiprocessors: int = MULTIPROCESSORS,
+    cut: Plan | None = None,
     change: Callable[[Entry], Entry] = lambda entry: entry,
     **options: Any,
 ) -> dict[str, Tensor]:
@@ -168,15 +174,17 @@ def conv3x3(
         weight: ``[Cout, Cin, 3, 3]``.
         affine: fp32 ``[2, Cout]``.
         multiprocessors: of the GPU that the problem is cut for; as many CTAs are launched.
+        cut: another plan than the planner's.
     """
     (n, cin, h, w), cout = x.shape, weight.shape[0]
-    cut = plan(problem(n, h, w, cin, cout, x.dtype), multiprocessors)
+    cut = cut or plan(problem(n, h, w, cin, cout, x.dtype), multiprocessors)
     results = outputs(x, cout, out, pooled)
     scratch = workspace(cut)
     packed = weight.permute(0, 2, 3, 1).contiguous()
     fields = task(x, cout, affine, relu, cut) | results | scratch
-    options |= {"outputs": [*results], "scratch": [*scratch], "shared_bytes": shared_bytes()}
-    launch(change(entry(x.dtype)), (min(cut.items, multiprocessors),), [*maps(x, packed), (Task, fields)], **options)
+    options |= {"outputs": [*results], "scratch": [*scratch], "shared_bytes": shared_bytes(cut.rows)}
+    kernel, arguments = entry(x.dtype, cut.rows), [*maps(x, packed, cut.rows), (Task, fields)]
+    launch(change(kernel), (min(cut.items, multiprocessors),), arguments, **options)
     if scratch:
         assert not scratch["arrived"].any(), "the counters are not ready for the next launch"
     return results

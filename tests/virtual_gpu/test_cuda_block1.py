@@ -10,7 +10,7 @@ from tests.virtual_gpu import Entry, KernelError, cases, cuda_cases, ptx_entry
 from tests.virtual_gpu.async_agents import SCHEDULES
 from tests.virtual_gpu.counters import Counters
 from tests.virtual_gpu.cuda_cases import block1
-from tests.virtual_gpu.mutate import Mutant, apply, mutants, one_entry
+from tests.virtual_gpu.mutate import Mutant, apply, mutants
 from vgg_fast import reference, testing
 
 CASES = {
@@ -115,7 +115,7 @@ def survives(mutant: Mutant, entry: Entry, why: str) -> bool:
 def test_every_small_wrong_is_found_out() -> None:
     if cases.find_nvcc() is None:
         pytest.skip("no nvcc to compile csrc/cuda with")
-    entry = ptx_entry(one_entry(cases.nvcc_ptx(cases.CUDA / "block1.cu", "80"), "block1_kernelI6__half"))
+    entry = ptx_entry(cases.nvcc_ptx(cases.CUDA / "block1.cu", "80"), "block1_kernelI6__half")
     living = [*mutants(entry)]
     assert len(living) >= 30, "little to mutate: the compiler writes other code than it used to"
     for why in ("two tiles, one above the other", "four channels, stores one by one"):

@@ -14,7 +14,7 @@ from tests.virtual_gpu import Entry, KernelError, cases, cuda_cases, predict_cud
 from tests.virtual_gpu.async_agents import SCHEDULES
 from tests.virtual_gpu.counters import Counters
 from tests.virtual_gpu.cuda_cases import MmaArgs, conv3x3_mma, plan, planner, problem
-from tests.virtual_gpu.mutate import Mutant, apply, mutants, one_entry
+from tests.virtual_gpu.mutate import Mutant, apply, mutants
 from vgg_fast import reference, testing
 
 TARGETS = ("80", "90")
@@ -268,7 +268,7 @@ def survives(mutant: Mutant, entry: Entry, c: Case, **schedule: Any) -> bool:
 def test_every_small_wrong_is_found_out() -> None:
     if cases.find_nvcc() is None:
         pytest.skip("no nvcc to compile csrc/cuda with")
-    entry = ptx_entry(one_entry(cases.nvcc_ptx(cases.CUDA / "conv3x3_mma.cu", "80"), "MmaTraitsI6__halfLi1E"))
+    entry = ptx_entry(cases.nvcc_ptx(cases.CUDA / "conv3x3_mma.cu", "80"), "MmaTraitsI6__halfLi1E")
     living = [*mutants(entry)]
     assert len(living) >= 30, "little to mutate: the compiler writes other code than it used to"
     for why, c in MUTATED.items():

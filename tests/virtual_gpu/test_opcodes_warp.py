@@ -55,6 +55,23 @@ def test_a_shuffle_from_a_thread_that_left_is_reported() -> None:
         run(f"{odd} {LOAD} @%p1 shfl.sync.down.b32 %r0, %r1, 1, 31, -1; {STORE}", X)
 
 
+def test_movmatrix() -> None:
+    """Row r of the 8 x 8 halves lies in lanes 4 r to 4 r + 3, two to a lane."""
+    got = run(f"{LOAD} movmatrix.sync.aligned.m8n8.trans.b16 %r0, %r1; {STORE}", X).tolist()
+    for warp in range(2):
+        halves = [unsigned(int(x)) >> shift & 0xFFFF for x in X[32 * warp : 32 * warp + 32] for shift in (0, 16)]
+        for lane in range(32):
+            row, column = lane // 4, lane % 4 * 2
+            low, high = (halves[(column + i) * 8 + row] for i in range(2))
+            assert unsigned(got[32 * warp + lane]) == low | high << 16
+
+
+def test_a_movmatrix_of_a_part_of_a_warp_is_reported() -> None:
+    odd = "and.b32 %r2, %tid, 1; setp.eq.u32 %p1, %r2, 0;"
+    with pytest.raises(KernelError, match="partial warp"):
+        run(f"{odd} {LOAD} @%p1 movmatrix.sync.aligned.m8n8.trans.b16 %r0, %r1; {STORE}", X)
+
+
 @pytest.mark.parametrize("limit", [0, 1, 32, 40, 64])
 @pytest.mark.parametrize("mode", ["all", "any", "uni", "ballot"])
 def test_vote(mode: str, limit: int) -> None:

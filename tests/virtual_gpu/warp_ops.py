@@ -143,6 +143,18 @@ def _matrix(code: Code, i: Instruction) -> Step:
     return run
 
 
+@op("movmatrix.sync.aligned.m8n8.trans.b16")
+def _transpose(code: Code, i: Instruction) -> Step:
+    target, source = (operand.slot for operand in i.operands)
+
+    def run(m: Any) -> None:
+        warps, lanes = m.warps(), m.lanes()
+        rows = tensor.stmatrix(fragments(m, (source,), warps), trans=False)
+        spread(m, (target,), tensor.ldmatrix(rows, trans=True), lanes)
+
+    return run
+
+
 _K = {"f16": 16, "bf16": 16, "tf32": 8, "s8": 32, "u8": 32}  # per 16 bytes x 2 of A
 
 

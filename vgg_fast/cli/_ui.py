@@ -17,8 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-from vgg_fast import gpu_facts, library, selection
-from vgg_fast.peers import DTYPES
+from vgg_fast import gpu, library, selection
+from vgg_fast.bench.peers import DTYPES
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -166,11 +166,8 @@ def check_backend(backend: str, dtypes: Iterable[torch.dtype], device: torch.dev
 
 def parse_device(name: str) -> torch.device:
     """``cpu``, or ``cuda`` where there is such a device."""
-    if name not in ("cpu", "cuda"):
-        raise UserError(f"there are no kernels for device {name!r}; choose cpu or cuda")
-    if name == "cuda" and (reason := gpu_facts.lacking()):
-        raise UserError(reason)
-    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+    with user_errors(gpu.Unavailable):
+        return gpu.named(name)
 
 
 def check_writable(*files: Path | None) -> None:

@@ -15,9 +15,13 @@ import torch
 import typer
 from rich.table import Table
 
-from vgg_fast import contest, gpu_facts, gpu_peers, measure, peers, plots, roofline
-from vgg_fast import report as html_report
+from vgg_fast import gpu, selection
 from vgg_fast.accelerate import accelerate
+from vgg_fast.bench import contest, failures, gpu_peers, host, peers, plots, roofline
+from vgg_fast.bench import report as html_report
+from vgg_fast.bench.contest import Contest
+from vgg_fast.bench.peers import EAGER, OURS
+from vgg_fast.bench.roofline import Ceilings
 from vgg_fast.cli._ui import (
     FAILED,
     UserError,
@@ -41,14 +45,11 @@ from vgg_fast.cli._ui import (
     user_errors,
     write_text,
 )
-from vgg_fast.contest import Contest
-from vgg_fast.peers import EAGER, OURS
-from vgg_fast.roofline import Ceilings
 
 
 @dataclass(frozen=True)
 class Precision:
-    """What activations and weights are, and for fp32 on a GPU what they are computed in (:data:`gpu_facts.FLOAT32`)."""
+    """What activations and weights are, and for fp32 on a GPU what they are computed in (:data:`gpu.FLOAT32`)."""
 
     name: str
     dtype: torch.dtype
@@ -62,7 +63,7 @@ def precisions(text: str, device: torch.device) -> list[Precision]:
         if device.type != "cuda" and name == "tf32":
             raise UserError("tf32 is what a GPU computes fp32 tensors in; the CPU has fp32, bf16 and fp16")
         (dtype,) = parse_dtypes("fp32" if name == "tf32" else name)
-        setting = gpu_facts.FLOAT32.get(name) if device.type == "cuda" and dtype == torch.float32 else None
+        setting = gpu.FLOAT32.get(name) if device.type == "cuda" and dtype == torch.float32 else None
         short = name if name == "tf32" else dtype_name(dtype)
         result[short] = Precision(short, dtype, setting)
     return list(result.values())
@@ -102,7 +103,7 @@ class Measured:
     interrupted: bool = False
 
     def __post_init__(self) -> None:
-        self.machine = {**measure.machine(), **gpu_facts.describe(self.device)}
+        self.machine = {**host.describe(), **gpu.describe(self.device)}
 
     def results(self) -> html_report.Results:
         """As the report takes it."""
@@ -126,28 +127,28 @@ class Measured:
             self.left_out += [(who, what, why) for who, why in each.left_out.items()]
             ours = each.calls[OURS]
             if self.device.type != "cpu":
-                gpu_facts.keep_busy(ours, self.device, 0.3)  # it was idle while the CPU computed in float64
+                gpu.keep_busy(ours, self.device, 0.3)  # it was idle while the CPU computed in float64
             timings = each.time(rounds, on_round=on_round)
             self.rows += each.rows(timings)
             if each.gflop is None:
                 self.launches += each.launches()
-            if clocks := gpu_facts.clocks_under(ours, self.device):
+            if clocks := gpu.clocks_under(ours, self.device):
                 where = {"problem": each.name, "precision": each.precision, "batch": each.batch}
                 self.clocks.append({**where, **asdict(clocks), "held_back": ", ".join(clocks.held_back)})
         except contest.Disagreement as error:
             self.failures.append(f"wrong answer: {error}")
         except Exception as error:
-            if measure.out_of_memory(error):
+            if failures.out_of_memory(error):
                 self.left_out.append(("everybody", what, "out of memory"))
             elif self.device.type == "cpu":
                 raise  # a bug; on a GPU there are drivers, compilers and kernels never run there before
             else:
                 self.failures.append(f"{what} raised {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
-                if measure.device_lost(error):
+                if failures.device_lost(error):
                     raise
         finally:
             with suppress(RuntimeError):  # of a GPU that is lost
-                measure.free_memory()
+                failures.free_memory()
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
@@ -218,7 +219,7 @@ def bench(
     check_backend(backend, [precision.dtype for precision in wanted], where)
     options: dict[str, Any] = {"accelerator": partial(accelerate, backend=backend), "device": where}
     options["compiled"] = on_gpu if compile is None else compile
-    options["engines"] = gpu_peers.engines(backend=backend) if on_gpu else {}
+    options["engines"] = _engines(where, backend) if on_gpu else {}
     todo = list(contests(wanted, batches, size, not layers, on_gpu if layers is None else layers, options))
     measured = Measured(where)
     try:
@@ -236,6 +237,11 @@ def bench(
         raise typer.Exit(FAILED)
 
 
+def _engines(device: torch.device, backend: str) -> dict[str, contest.Engine]:
+    architecture = selection.problem_on(torch.float16, device).architecture
+    return gpu_peers.engines(gpu_peers.kernels_on(architecture), backend)
+
+
 def _measure(
     measured: Measured,
     todo: list[tuple[str, Precision, Callable[[], Contest]]],
@@ -249,11 +255,11 @@ def _measure(
             measured.find_ceilings()
         for number, (what, precision, make) in enumerate(todo):
             bar.say(f"{what}: checking{' and compiling' if compiled else ''}, then measuring")
-            with gpu_facts.float32(precision.setting):
+            with gpu.float32(precision.setting):
                 try:
                     measured.run(what, make, rounds, bar.step)
                 except RuntimeError as error:
-                    if not measure.device_lost(error):
+                    if not failures.device_lost(error):
                         raise
                     measured.left_out += [("everybody", w, "the GPU gave up before") for w, _, _ in todo[number + 1 :]]
                     return
@@ -266,7 +272,7 @@ def _write(measured: Measured, csv: Path | None, report: Path | None) -> None:
     results = measured.results()
     if csv is not None:
         with user_errors(OSError):
-            measure.write_csv(csv, measured.rows)
+            host.write_csv(csv, measured.rows)
     if report is not None:
         write_text(report.with_suffix(".json"), to_json(html_report.as_json(results)))
         write_text(report, html_report.page(results))

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from vgg_fast.cli._ui import command, out, progress, user_errors
-from vgg_fast.convert import convert as convert_file
-from vgg_fast.weights import WeightsError
+from vgg_fast.models.convert import convert as convert_file
+from vgg_fast.models.weights import WeightsError
 
 
 @command

@@ -14,8 +14,10 @@ import typer
 from rich.markup import escape
 from torch import Tensor, nn
 
-from vgg_fast import measure, peers
 from vgg_fast.accelerate import accelerate
+from vgg_fast.bench import host, measure, peers
+from vgg_fast.bench.measure import Timing
+from vgg_fast.bench.peers import CHANNELS_LAST, EAGER, OURS, Agreement, Contestant
 from vgg_fast.cli import photos
 from vgg_fast.cli._ui import (
     FAILED,
@@ -33,9 +35,7 @@ from vgg_fast.cli._ui import (
     show,
     user_errors,
 )
-from vgg_fast.measure import Timing
-from vgg_fast.peers import CHANNELS_LAST, EAGER, OURS, Agreement, Contestant
-from vgg_fast.weights import WeightsError, fitted_state, read_weights
+from vgg_fast.models.weights import WeightsError, fitted_state, read_weights
 
 _BUDGET_S = 6.0  # per part and dtype, so that the whole demo stays under a minute on two cores
 _STEPS = 4  # per dtype, besides the rounds: float64, answers, two warm-ups
@@ -225,7 +225,7 @@ def _show(paths: list[Path], results: list[Result], weights: Path | None) -> Non
             table.add_row(dtype_name(result.dtype), part, *cells, f"[bold]{speedup:.2f}x[/]")
     show(table)
     out.print(
-        f"{measure.cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}. "
+        f"{host.cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}. "
         "Speed-up over the faster of the two eager forms."
         + ("" if weights else " The weights are random: the classes mean nothing, their agreement does.")
     )
@@ -268,7 +268,7 @@ def demo(
                 "images": [str(path) for path in paths],
                 "weights": str(weights) if weights else "random, calibrated on the images",
                 "results": [result.as_dict() for result in results],
-                "machine": measure.machine(),
+                "machine": host.describe(),
             }
         )
     else:

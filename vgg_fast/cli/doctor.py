@@ -19,9 +19,11 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from vgg_fast import __version__, gpu_facts, library, measure, selection, tuning, winners
+from vgg_fast import __version__, gpu, library, selection
+from vgg_fast.bench import host
+from vgg_fast.bench.peers import DTYPES
 from vgg_fast.cli._ui import FAILED, command, dtype_name, print_json, progress, show
-from vgg_fast.peers import DTYPES
+from vgg_fast.gpu import tuning, winners
 
 OK, ABSENT, PROBLEM = "ok", "absent", "problem"
 _COLOURS = {OK: "green", ABSENT: "yellow", PROBLEM: "bold red"}
@@ -55,7 +57,7 @@ def examine() -> list[Finding]:
 
 
 def _versions() -> Iterator[Finding]:
-    commit = measure.commit()
+    commit = host.commit()
     yield Finding("vgg-fast", OK, __version__ + (f", commit {commit}" if commit else ""))
     yield Finding("Python", OK, f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     version = torch.__version__
@@ -81,7 +83,7 @@ def _flags() -> tuple[str, str]:
 def _processor() -> Iterator[Finding]:
     flags, reason = _flags()
     cap = os.environ.get("VGG_FAST_ISA")
-    yield Finding("processor", OK, f"{measure.cpu_name()}, {os.cpu_count()} cores")
+    yield Finding("processor", OK, f"{host.cpu_name()}, {os.cpu_count()} cores")
     if cap and reason and not library.missing("_C"):
         yield Finding("VGG_FAST_ISA", PROBLEM, reason, "unset VGG_FAST_ISA, or set it to one of these")
         return
@@ -151,7 +153,7 @@ def _gpu() -> Iterator[Finding]:
             capability = "{}.{}".format(*torch.cuda.get_device_capability(i))
             yield Finding(f"GPU {i}", OK, f"{torch.cuda.get_device_name(i)}, compute capability {capability}")
     else:
-        yield Finding("GPU", ABSENT, gpu_facts.lacking() or "CUDA starts, but PyTorch counts no device")
+        yield Finding("GPU", ABSENT, gpu.lacking() or "CUDA starts, but PyTorch counts no device")
 
 
 def _timings() -> Iterator[Finding]:
@@ -173,7 +175,8 @@ def _timings() -> Iterator[Finding]:
 def _backends() -> Iterator[Finding]:
     for backend in selection.backends():
         if backend.name in ("triton", "cuda"):
-            found = backend.what if backend.available else backend.reason
+            parts = [backend.what] if backend.available else []
+            found = "; without ".join([*parts, *([backend.reason] if backend.reason else [])])
             yield Finding(f"backend {backend.name}", OK if backend.available else ABSENT, found)
 
 
@@ -194,13 +197,14 @@ def _compilers() -> Iterator[Finding]:
 
 
 def find_nvcc() -> str | None:
-    """The CUDA compiler: on the PATH, in $CUDA_HOME or $CUDA_PATH, in /usr/local/cuda, or from a PyPI package."""
-    if found := shutil.which("nvcc"):
-        return found
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    candidates = [Path(home) / "bin" / "nvcc" for home in homes if home]
-    candidates += [path for folder in sys.path for path in Path(folder).glob("nvidia/*/bin/nvcc")]
-    return next((str(path) for path in candidates if os.access(path, os.X_OK)), None)
+    """The CUDA compiler that an installation would take, in the order of csrc/cuda/build.py (which is not installed):
+    in $CUDA_HOME or $CUDA_PATH, on the PATH, in /usr/local/cuda, from a PyPI package."""
+    candidates = [Path(os.environ[name]) / "bin/nvcc" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    if on_path := shutil.which("nvcc"):
+        candidates.append(Path(on_path))
+    candidates.append(Path("/usr/local/cuda/bin/nvcc"))
+    candidates += [Path(folder) / "nvidia/cu13/bin/nvcc" for folder in sys.path]
+    return next((str(path) for path in candidates if path.is_file()), None)
 
 
 def _first_line(program: str, containing: str = "") -> str:

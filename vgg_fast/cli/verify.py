@@ -12,8 +12,8 @@ import torch
 import typer
 from rich.table import Table
 
-from vgg_fast import gpu_facts, measure, parity_report, peers
-from vgg_fast import verify as checks
+from vgg_fast import gpu
+from vgg_fast.bench import host, peers
 from vgg_fast.cli._ui import (
     FAILED,
     Bar,
@@ -33,7 +33,9 @@ from vgg_fast.cli._ui import (
     user_errors,
     write_text,
 )
-from vgg_fast.verdicts import Row
+from vgg_fast.verify import checks
+from vgg_fast.verify import report as parity_report
+from vgg_fast.verify.verdicts import Row
 
 _COLOURS = {"ok": "green", "MISS": "bold red", "no memory": "yellow", "not here": "dim"}
 
@@ -75,8 +77,8 @@ def verify(
     dtypes, where = parse_dtypes(dtype), parse_device(device)
     check_report(report)
     real = peers.LAYERS if layers or (layers is None and where.type == "cuda") else ()
-    interrupted, machine = False, {**measure.machine(), **gpu_facts.describe(where)}
-    with progress("verifying", 1) as bar, user_errors(checks.Unavailable):
+    interrupted, machine = False, {**host.describe(), **gpu.describe(where)}
+    with progress("verifying", 1) as bar, user_errors(gpu.Unavailable):
         try:
             rows = checks.verify(device, only=kernel or (), dtypes=dtypes, layers=real, on_progress=_advance(bar))
         except checks.Interrupted as stopped:

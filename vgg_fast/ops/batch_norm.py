@@ -22,78 +22,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import define, impl, register_fake
+from torch.library import register_fake
 
-from vgg_fast.ops._layout import empty_image
+from vgg_fast.ops._declare import define, fallback
 
-_TAGS = (torch.Tag.pt2_compliant_tag,)
-define("vgg_fast::bn_relu_pool", "(Tensor z, Tensor affine, bool relu, bool pool) -> Tensor", tags=_TAGS)
-define("vgg_fast::batch_moments", "(Tensor z) -> Tensor", tags=_TAGS)
-define(
-    "vgg_fast::bn_relu_pool_sums",
-    "(Tensor dy, Tensor z, Tensor affine, Tensor mean, bool relu, bool pool) -> Tensor",
-    tags=_TAGS,
-)
-define(
-    "vgg_fast::bn_relu_pool_backward",
-    "(Tensor dy, Tensor z, Tensor affine, Tensor factor, Tensor? centre, bool relu, bool pool) -> Tensor",
-    tags=_TAGS,
-)
-
-
-define(
-    "vgg_fast::batch_norm_forward",
-    "(Tensor z, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? variance, float eps, bool relu, bool pool) "
-    "-> (Tensor, Tensor)",
-    tags=_TAGS,
-)
-define(
-    "vgg_fast::batch_norm_backward",
-    "(Tensor dy, Tensor z, Tensor state, bool batch, bool relu, bool pool) -> (Tensor, Tensor)",
-    tags=_TAGS,
-)
-
-
-@register_fake("vgg_fast::bn_relu_pool")
-def _fake_value(z: Tensor, affine: Tensor, relu: bool, pool: bool) -> Tensor:
-    height, width = (z.shape[2] // 2, z.shape[3] // 2) if pool else z.shape[2:]
-    return empty_image(z, z.shape[1], height, width, channels_last=True)
-
-
-@register_fake("vgg_fast::batch_moments")
-def _fake_moments(z: Tensor) -> Tensor:
-    return z.new_empty((2, z.shape[1]), dtype=torch.float64)
-
-
-@register_fake("vgg_fast::bn_relu_pool_sums")
-def _fake_sums(dy: Tensor, z: Tensor, affine: Tensor, mean: Tensor, relu: bool, pool: bool) -> Tensor:
-    return _fake_moments(z)
-
-
-@register_fake("vgg_fast::bn_relu_pool_backward")
-def _fake_gradient(
-    dy: Tensor, z: Tensor, affine: Tensor, factor: Tensor, centre: Tensor | None, relu: bool, pool: bool
-) -> Tensor:
-    return empty_image(z, z.shape[1], z.shape[2], z.shape[3], channels_last=True)
-
-
-@register_fake("vgg_fast::batch_norm_forward")
-def _fake_forward(
-    z: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    eps: float,
-    relu: bool,
-    pool: bool,
-) -> tuple[Tensor, Tensor]:
-    return _fake_value(z, z, relu, pool), z.new_empty((4, z.shape[1]), dtype=torch.float64)
-
-
-@register_fake("vgg_fast::batch_norm_backward")
-def _fake_backward(dy: Tensor, z: Tensor, state: Tensor, batch: bool, relu: bool, pool: bool) -> tuple[Tensor, Tensor]:
-    return _fake_gradient(dy, z, state, state, None, relu, pool), _fake_moments(z)
+# Made of PyTorch's own operators, every function below is also its op's fake: shapes, dtypes, memory formats.
 
 
 def _before_pool(z: Tensor, affine: Tensor, relu: bool) -> Tensor:
@@ -102,11 +35,21 @@ def _before_pool(z: Tensor, affine: Tensor, relu: bool) -> Tensor:
     return F.relu(v) if relu else v
 
 
+define("vgg_fast::bn_relu_pool", "(Tensor z, Tensor affine, bool relu, bool pool) -> Tensor")
+
+
+@register_fake("vgg_fast::bn_relu_pool")
+@fallback("vgg_fast::bn_relu_pool")
 def _value(z: Tensor, affine: Tensor, relu: bool, pool: bool) -> Tensor:
     v = _before_pool(z, affine, relu)
     return (F.max_pool2d(v, 2) if pool else v).contiguous(memory_format=torch.channels_last)
 
 
+define("vgg_fast::batch_moments", "(Tensor z) -> Tensor")
+
+
+@register_fake("vgg_fast::batch_moments")
+@fallback("vgg_fast::batch_moments")
 def _moments(z: Tensor) -> Tensor:
     variance, mean = torch.var_mean(z.double(), (0, 2, 3), correction=0)
     return torch.stack([mean, variance])
@@ -122,12 +65,27 @@ def _unpooled(dy: Tensor, z: Tensor, affine: Tensor, relu: bool, pool: bool) -> 
     return torch.where(v <= 0, 0.0, g) if relu else g
 
 
+define(
+    "vgg_fast::bn_relu_pool_sums", "(Tensor dy, Tensor z, Tensor affine, Tensor mean, bool relu, bool pool) -> Tensor"
+)
+
+
+@register_fake("vgg_fast::bn_relu_pool_sums")
+@fallback("vgg_fast::bn_relu_pool_sums")
 def _sums(dy: Tensor, z: Tensor, affine: Tensor, mean: Tensor, relu: bool, pool: bool) -> Tensor:
     g = _unpooled(dy, z, affine, relu, pool).double()
     centred = z.double() - mean[0, :, None, None]
     return torch.stack([g.sum((0, 2, 3)), (g * centred).sum((0, 2, 3))])
 
 
+define(
+    "vgg_fast::bn_relu_pool_backward",
+    "(Tensor dy, Tensor z, Tensor affine, Tensor factor, Tensor? centre, bool relu, bool pool) -> Tensor",
+)
+
+
+@register_fake("vgg_fast::bn_relu_pool_backward")
+@fallback("vgg_fast::bn_relu_pool_backward")
 def _gradient(
     dy: Tensor, z: Tensor, affine: Tensor, factor: Tensor, centre: Tensor | None, relu: bool, pool: bool
 ) -> Tensor:
@@ -138,6 +96,15 @@ def _gradient(
     return dz.to(z.dtype).contiguous(memory_format=torch.channels_last)
 
 
+define(
+    "vgg_fast::batch_norm_forward",
+    "(Tensor z, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? variance, float eps, bool relu, bool pool) "
+    "-> (Tensor, Tensor)",
+)
+
+
+@register_fake("vgg_fast::batch_norm_forward")
+@fallback("vgg_fast::batch_norm_forward")
 def _forward(
     z: Tensor,
     weight: Tensor | None,
@@ -157,6 +124,14 @@ def _forward(
     return _value(z, state[2:].float(), relu, pool), state
 
 
+define(
+    "vgg_fast::batch_norm_backward",
+    "(Tensor dy, Tensor z, Tensor state, bool batch, bool relu, bool pool) -> (Tensor, Tensor)",
+)
+
+
+@register_fake("vgg_fast::batch_norm_backward")
+@fallback("vgg_fast::batch_norm_backward")
 def _backward(dy: Tensor, z: Tensor, state: Tensor, batch: bool, relu: bool, pool: bool) -> tuple[Tensor, Tensor]:
     mean, invstd, scale, _ = state
     affine = state[2:].float()
@@ -165,14 +140,3 @@ def _backward(dy: Tensor, z: Tensor, state: Tensor, batch: bool, relu: bool, poo
     centre = torch.stack([mean, -scale * invstd.square() * sums[1] / count, -scale * sums[0] / count]).float()
     dz = _gradient(dy, z, affine, affine[:1], centre if batch else None, relu, pool)
     return dz, torch.stack([sums[1] * invstd, sums[0]])
-
-
-def register(keys: list[str]) -> None:
-    """Puts the Python implementations behind these dispatch keys."""
-    for key in keys:
-        impl("vgg_fast::bn_relu_pool", key)(_value)
-        impl("vgg_fast::batch_moments", key)(_moments)
-        impl("vgg_fast::bn_relu_pool_sums", key)(_sums)
-        impl("vgg_fast::bn_relu_pool_backward", key)(_gradient)
-        impl("vgg_fast::batch_norm_forward", key)(_forward)
-        impl("vgg_fast::batch_norm_backward", key)(_backward)

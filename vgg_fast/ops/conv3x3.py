@@ -14,25 +14,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import define, impl, register_autograd, register_fake
+from torch.library import impl, register_autograd, register_fake
 
 from vgg_fast import reference, selection
+from vgg_fast.ops._declare import define, fallback
 from vgg_fast.ops._layout import empty_image, suggests_channels_last
 
 define(
     "vgg_fast::conv3x3",
     "(Tensor x, Tensor weight, Tensor? bias=None, bool relu=False, bool pool=False, str kernel='auto') -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
 def conv3x3(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    relu: bool = False,
-    pool: bool = False,
-    kernel: str = "auto",
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False, pool: bool = False, kernel: str = "auto"
 ) -> Tensor:
     """The op; see the module's docstring.
 
@@ -45,12 +40,7 @@ def conv3x3(
 
 @register_fake("vgg_fast::conv3x3")
 def _fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    relu: bool = False,
-    pool: bool = False,
-    kernel: str = "auto",
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False, pool: bool = False, kernel: str = "auto"
 ) -> Tensor:
     torch._check(x.dim() == 4, lambda: f"conv3x3: x must be [N, C, H, W], got {x.dim()} dimensions")
     torch._check(
@@ -63,12 +53,13 @@ def _fake(
     return empty_image(x, weight.shape[0], height, width, last)
 
 
+@fallback("vgg_fast::conv3x3")
 def _python(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False, pool: bool = False, kernel: str = "auto"
 ) -> Tensor:
     """For devices without a compiled implementation: the kernel that `selection` chooses."""
     # PyTorch leaves out arguments that have their default, hence the defaults once more.
-    name = selection.choose(x.dtype, x.device, kernel)
+    name = selection.choose(x.dtype, x.device, selection.exactly(kernel))
     if name == selection.REFERENCE:
         return reference.conv3x3(x, weight, bias, relu, pool)
     packed, affine = torch.ops.vgg_fast.pack(weight, bias, None, None, None, None, 0.0, name)
@@ -112,29 +103,15 @@ register_autograd("vgg_fast::conv3x3", _backward, setup_context=_setup_context)
 def _autocast(device_type: str) -> None:
     """Under autocast the operands are cast as PyTorch casts those of conv2d."""
 
-    def cast(tensor: Tensor | None) -> Tensor | None:
-        eligible = tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
-        return tensor.to(torch.get_autocast_dtype(device_type)) if tensor is not None and eligible else tensor
+    def cast(argument: Any) -> Any:
+        eligible = isinstance(argument, Tensor) and argument.is_floating_point() and argument.dtype != torch.float64
+        return argument.to(torch.get_autocast_dtype(device_type)) if eligible else argument
 
     @impl("vgg_fast::conv3x3", f"Autocast{device_type.upper()}")
-    def run(
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        relu: bool = False,
-        pool: bool = False,
-        kernel: str = "auto",
-    ) -> Tensor:
-        operands = cast(x), cast(weight), cast(bias)
+    def run(*arguments: Any) -> Tensor:
         with torch.autocast(device_type, enabled=False):
-            return torch.ops.vgg_fast.conv3x3(*operands, relu, pool, kernel)
+            return torch.ops.vgg_fast.conv3x3(*map(cast, arguments))
 
 
 _autocast("cpu")
 _autocast("cuda")
-
-
-def register(keys: list[str]) -> None:
-    """Puts the Python implementation behind these dispatch keys."""
-    for key in keys:
-        impl("vgg_fast::conv3x3", key)(_python)

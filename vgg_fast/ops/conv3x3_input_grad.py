@@ -11,15 +11,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import define, impl, register_fake
+from torch.library import register_fake
 
+from vgg_fast.ops._declare import define, fallback
 from vgg_fast.ops._layout import empty_image
 
-define(
-    "vgg_fast::conv3x3_input_grad",
-    "(Tensor dy, Tensor weight, str kernel, bool channels_last) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+define("vgg_fast::conv3x3_input_grad", "(Tensor dy, Tensor weight, str kernel, bool channels_last) -> Tensor")
 
 
 @register_fake("vgg_fast::conv3x3_input_grad")
@@ -27,12 +24,7 @@ def _fake(dy: Tensor, weight: Tensor, kernel: str, channels_last: bool) -> Tenso
     return empty_image(dy, weight.shape[1], dy.shape[2], dy.shape[3], channels_last)
 
 
+@fallback("vgg_fast::conv3x3_input_grad")
 def _python(dy: Tensor, weight: Tensor, kernel: str, channels_last: bool) -> Tensor:
     dx = torch.nn.functional.conv_transpose2d(dy, weight, padding=1)
     return dx.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-
-
-def register(keys: list[str]) -> None:
-    """Puts the Python implementation behind these dispatch keys."""
-    for key in keys:
-        impl("vgg_fast::conv3x3_input_grad", key)(_python)

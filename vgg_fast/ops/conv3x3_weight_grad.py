@@ -11,15 +11,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import define, impl, register_fake
+from torch.library import register_fake
 
+from vgg_fast.ops._declare import define, fallback
 from vgg_fast.ops._layout import empty_image, suggests_channels_last
 
-define(
-    "vgg_fast::conv3x3_weight_grad",
-    "(Tensor x, Tensor dy, Tensor weight, str kernel) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+define("vgg_fast::conv3x3_weight_grad", "(Tensor x, Tensor dy, Tensor weight, str kernel) -> Tensor")
 
 
 @register_fake("vgg_fast::conv3x3_weight_grad")
@@ -27,14 +24,9 @@ def _fake(x: Tensor, dy: Tensor, weight: Tensor, kernel: str) -> Tensor:
     return empty_image(weight, weight.shape[1], 3, 3, suggests_channels_last(weight))
 
 
+@fallback("vgg_fast::conv3x3_weight_grad")
 def _python(x: Tensor, dy: Tensor, weight: Tensor, kernel: str) -> Tensor:
     options = None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False]
     dw = torch.ops.aten.convolution_backward(dy, x, weight.to(x.dtype), *options)[1]
     last = suggests_channels_last(weight)
     return dw.to(weight.dtype).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-
-
-def register(keys: list[str]) -> None:
-    """Puts the Python implementation behind these dispatch keys."""
-    for key in keys:
-        impl("vgg_fast::conv3x3_weight_grad", key)(_python)

@@ -16,27 +16,23 @@ sizes of x. Between the steps the gradient stays in the kernel's own layout.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import define, impl, register_fake
+from torch.library import register_fake
 
+from vgg_fast.ops._declare import define, fallback
 from vgg_fast.ops._layout import empty_image
-from vgg_fast.ops.conv_stack import _fake as _fake_stack
-from vgg_fast.ops.conv_stack import _python as _stack
+from vgg_fast.ops.conv_stack import ARGUMENTS, Tensors, fake_conv_stack, python_conv_stack
 from vgg_fast.reference import Step
 
-define(
-    "vgg_fast::conv_stack_masks",
-    "(Tensor x, Tensor[] weights, Tensor[] affines, int[] program, str kernel, bool channels_last) -> Tensor[]",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+define("vgg_fast::conv_stack_masks", f"{ARGUMENTS} -> Tensor[]")
 define(
     "vgg_fast::conv_stack_backward",
     "(Tensor dy, Tensor[] weights, Tensor[] factors, Tensor[] masks, int[] program, int[] size, str kernel, "
     "bool channels_last) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 _VECTOR = 16  # channels of a mask's two bytes
@@ -95,32 +91,23 @@ def sizes(program: Sequence[int], height: int, width: int) -> list[tuple[int, in
 
 @register_fake("vgg_fast::conv_stack_masks")
 def _fake_masks(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    affines: Sequence[Tensor],
-    program: Sequence[int],
-    kernel: str,
-    channels_last: bool,
+    x: Tensor, weights: Tensors, affines: Tensors, program: Sequence[int], kernel: str, channels_last: bool
 ) -> list[Tensor]:
     masks = []
     for affine, step, (height, width) in zip(affines, program, sizes(program, *x.shape[2:]), strict=True):
         if step & (Step.RELU | Step.POOL):
             shape = x.shape[0], -(-affine.shape[1] // _VECTOR), height, width, 2
             masks.append(x.new_empty(shape, dtype=torch.uint8))
-    return [*masks, _fake_stack(x, weights, affines, program, kernel, channels_last)]
+    return [*masks, fake_conv_stack(x, weights, affines, program, kernel, channels_last)]
 
 
+@fallback("vgg_fast::conv_stack_masks")
 def _python_masks(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    affines: Sequence[Tensor],
-    program: Sequence[int],
-    kernel: str,
-    channels_last: bool,
+    x: Tensor, weights: Tensors, affines: Tensors, program: Sequence[int], kernel: str, channels_last: bool
 ) -> list[Tensor]:
     masks = []
     for weight, affine, step in zip(weights, affines, program, strict=True):
-        value = _stack(x, [weight], [affine], [step & Step.RELU], kernel, True)
+        value = python_conv_stack(x, [weight], [affine], [step & Step.RELU], kernel, True)
         passes = ~(value <= 0) if step & Step.RELU else torch.ones_like(value, dtype=torch.bool)
         x = value
         if step & Step.POOL:
@@ -135,23 +122,17 @@ def _python_masks(
 
 @register_fake("vgg_fast::conv_stack_backward")
 def _fake_backward(
-    dy: Tensor,
-    weights: Sequence[Tensor],
-    factors: Sequence[Tensor],
-    masks: Sequence[Tensor],
-    program: Sequence[int],
-    size: Sequence[int],
-    kernel: str,
-    channels_last: bool,
+    dy: Tensor, _weights: Any, _factors: Any, _masks: Any, _program: Any, size: Sequence[int], _kernel: str, last: bool
 ) -> Tensor:
-    return empty_image(dy, size[1], size[2], size[3], channels_last)
+    return empty_image(dy, size[1], size[2], size[3], last)
 
 
+@fallback("vgg_fast::conv_stack_backward")
 def _python_backward(
     dy: Tensor,
-    weights: Sequence[Tensor],
-    factors: Sequence[Tensor],
-    masks: Sequence[Tensor],
+    weights: Tensors,
+    factors: Tensors,
+    masks: Tensors,
     program: Sequence[int],
     size: Sequence[int],
     kernel: str,
@@ -163,12 +144,5 @@ def _python_backward(
         dz = through_gate(dy, mask, factors[i], bool(program[i] & Step.POOL), maps[i])
         channels = factors[i - 1].numel() if i else size[1]
         ones = torch.stack([dz.new_ones(channels), dz.new_zeros(channels)]).float()
-        dy = _stack(dz, [weights[i]], [ones], [Step.NONE], kernel, channels_last or i > 0)
+        dy = python_conv_stack(dz, [weights[i]], [ones], [Step.NONE], kernel, channels_last or i > 0)
     return dy
-
-
-def register(keys: list[str]) -> None:
-    """Puts the Python implementations behind these dispatch keys."""
-    for key in keys:
-        impl("vgg_fast::conv_stack_masks", key)(_python_masks)
-        impl("vgg_fast::conv_stack_backward", key)(_python_backward)

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.library import define, impl, register_fake
+from torch.library import register_fake
+
+from vgg_fast.ops._declare import define, fallback
 
 define("vgg_fast::fingerprint", "(Tensor[] tensors) -> int")
 
@@ -25,6 +27,7 @@ def _fake(tensors: Sequence[Tensor]) -> torch.SymInt:
     return torch.library.get_ctx().new_dynamic_size()
 
 
+@fallback("vgg_fast::fingerprint")
 def _python(tensors: Sequence[Tensor]) -> int:
     samples = []
     for tensor in tensors:
@@ -41,9 +44,3 @@ def _python(tensors: Sequence[Tensor]) -> int:
             flat = flat[torch.linspace(0, flat.numel() - 1, _SAMPLE, dtype=torch.int64, device=flat.device)]
         samples.append(flat.double())
     return hash(torch.cat(samples).cpu().numpy().tobytes()) if samples else 0
-
-
-def register(keys: list[str]) -> None:
-    """Puts the Python implementation behind these dispatch keys."""
-    for key in keys:
-        impl("vgg_fast::fingerprint", key)(_python)

@@ -13,16 +13,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import define, impl, register_fake
+from torch.library import register_fake
 
 from vgg_fast import reference, selection
+from vgg_fast.ops._declare import define, fallback
 
-define(
-    "vgg_fast::linear",
-    "(Tensor x, Tensor weight, Tensor? bias=None, bool relu=False, str kernel='auto') -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-define("vgg_fast::linear_pack", "(Tensor weight, str kernel) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+define("vgg_fast::linear", "(Tensor x, Tensor weight, Tensor? bias=None, bool relu=False, str kernel='auto') -> Tensor")
+define("vgg_fast::linear_pack", "(Tensor weight, str kernel) -> Tensor")
 
 F24 = "avx512_f24"  # the one kernel whose packed weights have a layout of their own
 PACKING = ("amx_bf16", F24)  # the kernels for which fp32 weights are packed
@@ -47,13 +44,8 @@ def _fake_pack(weight: Tensor, kernel: str) -> Tensor:
     return weight.new_empty(weight.shape, dtype=torch.bfloat16)
 
 
+@fallback("vgg_fast::linear")
 def _python(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False, kernel: str = "auto") -> Tensor:
     if kernel not in ("auto", selection.REFERENCE):
         raise RuntimeError(f"linear kernel {kernel!r} cannot run on {x.device.type} here; take 'auto' or 'reference'")
     return reference.linear(x, weight, bias, relu)
-
-
-def register(keys: list[str]) -> None:
-    """Puts the Python implementation behind these dispatch keys."""
-    for key in keys:
-        impl("vgg_fast::linear", key)(_python)

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import define, impl, register_autograd, register_fake
+from torch.library import register_autograd, register_fake
 
 from vgg_fast import reference, selection
 from vgg_fast.ops import _self_test
+from vgg_fast.ops._declare import define, fallback
 from vgg_fast.ops._layout import empty_image, suggests_channels_last
 
-define("vgg_fast::maxpool2x2", "(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+define("vgg_fast::maxpool2x2", "(Tensor x) -> Tensor")
 
 
 def maxpool2x2(x: Tensor) -> Tensor:
@@ -42,6 +43,7 @@ def _triton(x: Tensor) -> Tensor:
     return kernel.maxpool2x2(x)
 
 
+@fallback("vgg_fast::maxpool2x2")
 def _python(x: Tensor) -> Tensor:
     if not _triton_runs(x.dtype, x.device) or x.dim() != 4 or min(x.shape[2:]) < 2:  # PyTorch has its own errors
         return reference.maxpool2x2(x)
@@ -70,9 +72,3 @@ def _backward(ctx: Any, grad: Tensor) -> Tensor:
 
 
 register_autograd("vgg_fast::maxpool2x2", _backward, setup_context=_setup_context)
-
-
-def register(keys: list[str]) -> None:
-    """Puts the Python implementation behind these dispatch keys."""
-    for key in keys:
-        impl("vgg_fast::maxpool2x2", key)(_python)

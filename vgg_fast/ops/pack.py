@@ -13,33 +13,27 @@ that of the input: Cin and Cout change places, and the taps are in reverse.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.library import define, impl, register_fake
+from torch.library import register_fake
 
 from vgg_fast import fold, selection
+from vgg_fast.ops._declare import define, fallback
 
 define(
     "vgg_fast::pack",
     "(Tensor weight, Tensor? bias, Tensor? bn_mean, Tensor? bn_var, Tensor? bn_weight, Tensor? bn_bias, "
     "float bn_eps, str kernel) -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
 )
 
-define("vgg_fast::pack_transposed", "(Tensor weight, str kernel) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+define("vgg_fast::pack_transposed", "(Tensor weight, str kernel) -> Tensor")
 
 
 @register_fake("vgg_fast::pack")
-def _fake(
-    weight: Tensor,
-    bias: Tensor | None,
-    bn_mean: Tensor | None,
-    bn_var: Tensor | None,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    bn_eps: float,
-    kernel: str,
-) -> tuple[Tensor, Tensor]:
+def _fake(weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    kernel = others[-1]
     cout, cin = weight.shape[:2]
     affine = weight.new_empty((2, cout), dtype=torch.float32)
     if kernel not in selection.cpu_kernels():
@@ -48,6 +42,7 @@ def _fake(
     return weight.new_empty((words,), dtype=torch.int32), affine
 
 
+@fallback("vgg_fast::pack")
 def _python(
     weight: Tensor,
     bias: Tensor | None,
@@ -67,16 +62,10 @@ def _python(
 
 @register_fake("vgg_fast::pack_transposed")
 def _fake_transposed(weight: Tensor, kernel: str) -> Tensor:
-    return _fake(weight.transpose(0, 1), None, None, None, None, None, 0.0, kernel)[0]
+    return _fake(weight.transpose(0, 1), kernel)[0]
 
 
+@fallback("vgg_fast::pack_transposed")
 def _transposed(weight: Tensor, kernel: str) -> Tensor:
     turned = weight.flip(2, 3).transpose(0, 1)
     return _python(turned, None, None, None, None, None, 0.0, kernel)[0]
-
-
-def register(keys: list[str]) -> None:
-    """Puts the Python implementation behind these dispatch keys."""
-    for key in keys:
-        impl("vgg_fast::pack", key)(_python)
-        impl("vgg_fast::pack_transposed", key)(_transposed)

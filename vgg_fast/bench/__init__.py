@@ -1,0 +1,1 @@
+"""Timing ours against PyTorch's: problems, contestants, clocks, and the report of ``vgg-fast bench``."""
