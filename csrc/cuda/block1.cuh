@@ -185,7 +185,7 @@ template <typename T>
 __global__ void __launch_bounds__(Block1<T>::kThreads, 2) block1_kernel(const Block1Args a) {
   using B = Block1<T>;
   using K = typename B::Second;
-  static_assert(B::kThreads == 128 && B::kThreads == 2 * kBlock1Channels);
+  static_assert(B::kThreads == 128 && B::kThreads == 2 * kBlock1Channels && B::kThreads == 2 * K::kBn);
   extern __shared__ __align__(16) unsigned char memory[];
   const uint32_t weights = ptx::shared_address(memory), middle = weights + B::kMiddleAt;
   float* affine = reinterpret_cast<float*>(memory + B::kAffineAt);
@@ -204,8 +204,8 @@ __global__ void __launch_bounds__(Block1<T>::kThreads, 2) block1_kernel(const Bl
     loader.load(a.second, weights + kw * K::kWeightStage, kw);
     ptx::cp_async_commit();
   }
-  for (int i = threadIdx.x; i < 2 * K::kBn; i += K::kThreads)
-    affine[i] = i % K::kBn < a.second.cout ? a.second.affine[i / K::kBn * a.second.cout + i % K::kBn] : 0.0f;
+  const int co = threadIdx.x % K::kBn;
+  affine[threadIdx.x] = co < a.second.cout ? a.second.affine[threadIdx.x / K::kBn * a.second.cout + co] : 0.0f;
   first_affine[threadIdx.x] = a.affine[threadIdx.x];
   ptx::cp_async_wait<3>();
   __syncthreads();

@@ -24,35 +24,11 @@
 #include <cuda_runtime.h>
 
 #include "conv3x3_mma_cuda.h"
+#include "conv3x3_mma_traits.cuh"
 #include "numeric.cuh"
 #include "ptx.cuh"
 
 namespace vgg_fast::cuda {
-
-template <typename T_, int kTileIndex>
-struct MmaTraits {
-  using T = T_;
-  static constexpr MmaTile kTile = kMmaTiles[kTileIndex];
-  static constexpr int kUnits = kTile.units, kColumns = kTile.columns, kBn = kTile.bn, kWarpsN = kTile.warps_n();
-  static constexpr int kThreads = 32 * kTile.warps();
-  static constexpr int kPositions = kTile.bm / 2;           // of a tile, two pixels each
-  static constexpr int kUnit = 16 / sizeof(T);              // channels in 16 bytes
-  static constexpr int kPlane = kBn + 4;                    // rows; 4 more, so that two planes lie in different banks
-  static constexpr int kWeightStage = 3 * 2 * kPlane * 16;  // bytes: kh, half, output channel
-  static constexpr int kVectors = kColumns / (kUnit / 2);   // 16-byte stores of a thread for one pixel
-};
-
-// A position (see conv3x3_mma_cuda.h) taken apart.
-struct Place {
-  int strip;   // counted over all images
-  int pair;    // of rows, counted over all strips
-  int column;  // of the strip
-};
-
-__device__ inline Place place_of(const MmaArgs& a, int position) {
-  const int pair = position / a.strip;
-  return {pair / a.pairs, pair, position - pair * a.strip};
-}
 
 // Where the tile's halo lies in the image: the pixel's index for each of its places in shared memory, -1 for what is
 // padding. Returns how many places the tile reads.
@@ -176,8 +152,8 @@ __device__ void multiply(const MmaArgs& a, const int (&units)[K::kUnits], uint32
   }
 }
 
-// Adds up what the CTAs of a tile have summed, in the order of their numbers, in the last one of them to arrive.
-// Returns whether this is it.
+// Adds up what the CTAs of a tile have summed, in the order of their numbers, in the last one of them to arrive, which
+// has its own part still. Returns whether this is it.
 template <class K>
 __device__ bool join(const MmaArgs& a, int tile, int part, float (&acc)[K::kUnits][K::kColumns][4]) {
   constexpr int kVectors = K::kUnits * K::kColumns;
@@ -196,16 +172,34 @@ __device__ bool join(const MmaArgs& a, int tile, int part, float (&acc)[K::kUnit
   __syncthreads();
   if (!last) return false;
   __threadfence();
+  // So many vectors of a part are under way at once: one by one, each would wait for the part before.
+  constexpr int kTogether = 4;
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    float* c = acc[i / K::kColumns][i % K::kColumns];
-    for (int p = 0; p < a.split; ++p) {
-      const float4 sum = __ldcg(parts + (p * kVectors + i) * K::kThreads);
-      c[0] = p ? c[0] + sum.x : sum.x;
-      c[1] = p ? c[1] + sum.y : sum.y;
-      c[2] = p ? c[2] + sum.z : sum.z;
-      c[3] = p ? c[3] + sum.w : sum.w;
-    }
+  for (int first = 0; first < kVectors; first += kTogether) {
+    float sum[kTogether][4] = {};
+    const auto add = [&](int from, int to) {
+#pragma unroll 1
+      for (int p = from; p < to; ++p) {
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+          const float4 c = __ldcg(parts + (p * kVectors + first + i) * K::kThreads);
+          sum[i][0] += c.x;
+          sum[i][1] += c.y;
+          sum[i][2] += c.z;
+          sum[i][3] += c.w;
+        }
+      }
+    };
+    add(0, part);
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sum[i][e] += acc[(first + i) / K::kColumns][(first + i) % K::kColumns][e];
+    add(part + 1, a.split);
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) acc[(first + i) / K::kColumns][(first + i) % K::kColumns][e] = sum[i][e];
   }
   return true;
 }

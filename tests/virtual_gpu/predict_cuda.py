@@ -39,7 +39,7 @@ def channels_last_zeros(*size: int) -> torch.Tensor:
 @functools.cache
 def simulate(layer: Layer, images: int, tile: int, split: int, multiprocessors: int, batch: int) -> Counters:
     """Of some tiles, spread evenly, of one column; values do not matter: all zeros."""
-    cut = real_plan(layer, batch, multiprocessors)
+    cut = real_plan(layer, batch, multiprocessors, tile, split)
     positions = int(TILES[tile].split("x")[0]) // 2
     cut.rows = math.ceil(images * cut.strips * cut.pairs * cut.strip / positions)
     chosen = sorted({int((n + 0.5) * cut.rows / SAMPLE) for n in range(SAMPLE)})
@@ -51,12 +51,13 @@ def simulate(layer: Layer, images: int, tile: int, split: int, multiprocessors: 
     return counters
 
 
-def real_plan(layer: Layer, batch: int, multiprocessors: int) -> MmaPlan:
-    return plan(problem(batch, layer.size, layer.size, layer.cin, layer.cout, HALF), multiprocessors)
+def real_plan(layer: Layer, batch: int, multiprocessors: int, tile: int = -1, split: int = 0) -> MmaPlan:
+    return plan(problem(batch, layer.size, layer.size, layer.cin, layer.cout, HALF), multiprocessors, tile, split)
 
 
-def prediction(layer: Layer, batch: int, gpu: str) -> Row:
-    cut = real_plan(layer, batch, GPUS[gpu].sms)
+def prediction(layer: Layer, batch: int, gpu: str, tile: int = -1, split: int = 0) -> Row:
+    """``tile`` (of TILES) and ``split`` where they shall be others than the planner's."""
+    cut = real_plan(layer, batch, GPUS[gpu].sms, tile, split)
     tile = TILES[cut.tile]
     bm = int(tile.split("x")[0])
     period = math.lcm(cut.strips * cut.pairs * cut.strip, bm // 2) // (cut.strips * cut.pairs * cut.strip)

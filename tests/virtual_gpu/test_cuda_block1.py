@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.virtual_gpu import cases
+from tests.virtual_gpu import Entry, KernelError, cases, cuda_cases, ptx_entry
 from tests.virtual_gpu.async_agents import SCHEDULES
 from tests.virtual_gpu.counters import Counters
 from tests.virtual_gpu.cuda_cases import block1
+from tests.virtual_gpu.mutate import Mutant, apply, mutants
 from vgg_fast import reference, testing
 
 CASES = {
@@ -19,6 +20,8 @@ CASES = {
     "four channels": (1, 4, 64, 16, 17, torch.float16),
     "two channels, rows that begin in the middle of a sector": (1, 2, 32, 17, 20, torch.bfloat16),
     "rgb, even rows that do": (2, 3, 64, 5, 34, torch.float16),
+    "two tiles, one above the other": (1, 3, 64, 18, 13, torch.float16),
+    "four channels, stores one by one": (1, 4, 53, 5, 6, torch.float16),
 }
 
 
@@ -95,3 +98,27 @@ def test_no_bank_conflict_in_the_main_loop_and_the_middle_map_stays_on_the_chip(
     assert sum(r.sectors for r in stores) * 32 == 16 * 8 * 64 * 2 == counters.written.bytes
     # Two tiles: 22 products of 16 pixels with 32 k, then 256 pixels with 9 x 64.
     assert counters.total.flops == 2 * 2 * 64 * (22 * 16 * 32 + 256 * 576)
+
+
+def survives(mutant: Mutant, entry: Entry, why: str) -> bool:
+    x, weights, affines = inputs(why, integers=True)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cuda_cases, "ptx_entry", lambda *_: apply([mutant], entry))
+            results = block1(x, weights, affines)
+    except (KernelError, AssertionError):
+        return False
+    wanted = expected(x, weights, affines).to(x.dtype)
+    return torch.equal(results["out"], wanted) and torch.equal(results["pooled"], reference.maxpool2x2(wanted))
+
+
+def test_every_small_wrong_is_found_out() -> None:
+    if cases.find_nvcc() is None:
+        pytest.skip("no nvcc to compile csrc/cuda with")
+    entry = ptx_entry(cases.nvcc_ptx(cases.CUDA / "block1.cu", "80"), "block1_kernelI6__half")
+    living = [*mutants(entry)]
+    assert len(living) >= 30, "little to mutate: the compiler writes other code than it used to"
+    for why in ("two tiles, one above the other", "four channels, stores one by one"):
+        living = [mutant for mutant in living if survives(mutant, entry, why)]
+    # Weights of output channels that there are not, whose sums nobody stores.
+    assert [mutant.name for mutant in living] == ["no zero-fill in cp.async.cg #27"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -97,6 +97,17 @@ def test_within_the_bound_and_every_schedule_has_the_same_bits(target: str, tile
         expected = reference.conv3x3_affine(*wide, affine.double(), relu=relu, pool=pooled)
         testing.assert_within(runs[0], expected, testing.conv_bound(*operands, affine, pool=pooled, out_dtype=dtype))
         assert all(torch.equal(runs[0], run) for run in runs[1:])
+
+
+def test_shared_sums_have_the_same_bits_whoever_comes_last() -> None:
+    """He has his own part in registers, and it may be any of them."""
+    if cases.find_nvcc() is None:
+        pytest.skip("no nvcc to compile csrc/cuda with")
+    x, weight, affine = inputs(Case(1, 48, 64, 8, 8, HALF, 1, 3), integers=False)
+    first, *others = (
+        conv3x3_mma(x, weight, affine, tile=1, split=3, schedule="random", seed=seed)["out"] for seed in range(6)
+    )
+    assert all(torch.equal(first, other) for other in others)
 
 
 def test_nan_and_infinity_pass_through() -> None:
@@ -237,15 +248,17 @@ MUTATED = {  # in turn, those that the ones before did not find out
     "half a chunk, two tiles": Case(1, 40, 64, 14, 14, HALF, 1, 1),
     "shared sums": Case(1, 40, 64, 8, 8, HALF, 1, 2),
     "stores one by one": Case(1, 16, 53, 14, 14, HALF, 1, 1),
+    "shared sums, the first CTA is the last": Case(1, 40, 64, 8, 8, HALF, 1, 2),
 }
+LATE_FIRST = {"schedule": "random", "seed": 5}  # in which it so happens
 
 
-def survives(mutant: Mutant, entry: Entry, c: Case) -> bool:
+def survives(mutant: Mutant, entry: Entry, c: Case, **schedule: Any) -> bool:
     x, weight, affine = inputs(c, integers=True)
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cuda_cases, "ptx_entry", lambda *_: apply([mutant], entry))
-            results = conv3x3_mma(x, weight, affine, True, True, True, tile=c.tile, split=c.split)
+            results = conv3x3_mma(x, weight, affine, True, True, True, tile=c.tile, split=c.split, **schedule)
     except (KernelError, AssertionError):
         return False
     expected = reference.conv3x3_affine(x.float(), weight.float(), affine, relu=True, pool=False).half()
@@ -258,6 +271,7 @@ def test_every_small_wrong_is_found_out() -> None:
     entry = ptx_entry(cases.nvcc_ptx(cases.CUDA / "conv3x3_mma.cu", "80"), "MmaTraitsI6__halfLi1E")
     living = [*mutants(entry)]
     assert len(living) >= 30, "little to mutate: the compiler writes other code than it used to"
-    for c in MUTATED.values():
-        living = [mutant for mutant in living if survives(mutant, entry, c)]
+    for why, c in MUTATED.items():
+        schedule = LATE_FIRST if "first CTA" in why else {}
+        living = [mutant for mutant in living if survives(mutant, entry, c, **schedule)]
     assert [mutant.name for mutant in living] == []
