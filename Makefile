@@ -9,8 +9,9 @@ CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -
 demo: $(VENV)/.installed
 	$(BIN)/vgg-fast demo
 
+# Two workers, as most tests keep one core busy; they take whole files, the longest first (tests/conftest.py).
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
 # On a machine with a GPU: the tests, compute-sanitizer over those of its kernels, vgg-fast verify and bench. Reports go
 # to build/.

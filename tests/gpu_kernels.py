@@ -9,9 +9,7 @@ import importlib.util
 import mmap
 import os
 import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from compiled import compiled
 from torch import Tensor
 
 from vgg_fast import gpu, library, testing
@@ -136,19 +135,18 @@ def cuda_on_host() -> ctypes.CDLL:
         pytest.skip("no C++ compiler on the PATH to compile csrc/cuda for the CPU")
     not_on_host = ("bindings_cuda.cpp", "torch_device.cpp", *TENSOR_CORES)
     sources = [s for s in sorted([*CUDA.glob("*.cu"), *CUDA.glob("*.cpp")]) if s.name not in not_on_host]
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "cuda_on_host.so"
-        command = [
-            *(compiler, "-std=c++17", "-O2", "-shared", "-fPIC", "-fvisibility=hidden"),
-            *("-Wall", "-Werror", "-Wno-unknown-pragmas"),
-            *("-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(TORCH / "include")),
-            *("-I", str(ON_HOST), "-I", str(CUDA), "-x", "c++"),
-            *(str(s) for s in [*sources, ON_HOST / "bindings_host.cpp"]),
-            *("-o", str(library), f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"),
-        ]
-        subprocess.run(command, check=True)
-        torch.ops.load_library(library)
-        loaded = ctypes.CDLL(str(library))
+    sources.append(ON_HOST / "bindings_host.cpp")
+    command = [
+        *(compiler, "-std=c++17", "-O2", "-shared", "-fPIC", "-fvisibility=hidden"),
+        *("-Wall", "-Werror", "-Wno-unknown-pragmas"),
+        *("-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", TORCH / "include"),
+        *("-I", ON_HOST, "-I", CUDA, "-x", "c++", *sources, "-x", "none"),
+        *(f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"),
+    ]
+    read = [*sources, *CUDA.glob("*.h"), *CUDA.glob("*.cuh"), *ON_HOST.rglob("*.h")]
+    library = str(compiled(command, read, ".so"))
+    torch.ops.load_library(library)
+    loaded = ctypes.CDLL(library)
     loaded.launch_conv3x3.restype = loaded.launch_maxpool2x2.restype = ctypes.c_char_p
     return loaded
 

@@ -136,6 +136,33 @@ def test_images_run_together_have_the_bits_of_each_alone(kernel, chain):
     assert torch.equal(ops.conv_stack_taps(big, weights, affines, chain.program, kernel, True)[-1][63:], results[-1])
 
 
+def workspace_bytes(x: Tensor, chain: Chain, weights: list[Tensor], affines: list[Tensor], kernel: str) -> int:
+    """What a call allocates and frees again: one workspace for each image that is on its way at the same time."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        ops.conv_stack_taps(x, weights, affines, chain.program, kernel, True)
+    (call,) = [event for event in seen.events() if event.name == "vgg_fast::conv_stack_taps"]
+    return -call.self_cpu_memory_usage - 64  # less the slack for aligning it
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("chain", [*TOGETHER, TAPS[0]], ids=lambda c: c.name)
+def test_images_run_together_where_the_weights_are_larger_than_the_maps(kernel, chain):
+    """One thread that runs image by image needs the workspace of one; together, all images need theirs at once."""
+    x, weights, affines = packed(chain, kernel, native_dtype(kernel))
+    torch.set_num_threads(1)
+    one, seven, forty = (
+        workspace_bytes(x[:1].expand(n, -1, -1, -1), chain, weights, affines, kernel) for n in (1, 7, 40)
+    )
+    # On cifar's 8x8 maps weights of 32 output channels are more than two maps, those of 16 are not.
+    if chain is TAPS[0] or (chain.name == "cifar" and kernel.startswith(("avx2", "portable"))):
+        assert one == seven == forty
+    elif chain.name == "cifar" and "winograd" in kernel:
+        assert seven > 7 * one, "all images share the transformed weights"
+        assert forty > 20 * one
+    else:
+        assert (seven, forty) == (7 * one, 20 * one), "of 40 images 20 at a time"
+
+
 def test_taps_are_what_the_reference_says():
     """On integers, so that the answers are exact: three layers of 2, 4 and 4 channels stay below 2**24."""
     x = testing.integer_tensor(2, 2, 9, 10, limit=4, seed=1)

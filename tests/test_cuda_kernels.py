@@ -95,7 +95,7 @@ def test_conv3x3_past_2_31_elements(run_blocks: Callable[[int, int], None]) -> N
     huge = Huge()
     c = huge.channels
     weight = testing.integer_tensor(c, c, 3, 3, limit=2, dtype=torch.float16)
-    items = huge.height // 2 * (huge.width // 2) * (c // 4)  # quads, four channels a thread
+    items = huge.height // 2 * (huge.width // 2) * (c // 4)  # quads, four channels a thread; no warp hangs over
     run_blocks(items // 128 - 4, items // 128)
     launch_conv3x3(huge.x, weight, huge.out, pool=False)
     expected = reference.conv3x3(huge.last.float(), weight.float()).half()
@@ -217,18 +217,19 @@ def test_tensor_cores_multiply_fp32_only_as_tf32(pretend_device: Callable[[int, 
 
 
 @pytest.mark.parametrize(("sm", "kernel", "hopper"), [(90, "cuda_wgmma", 2), (90, "cuda", 0), (100, "cuda_wgmma", 0)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_hopper_has_kernels_of_its_own(
-    pretend_device: Callable[[int, int], int], sm: int, kernel: str, hopper: int
+    pretend_device: Callable[[int, int], int], dtype: torch.dtype, sm: int, kernel: str, hopper: int
 ) -> None:
     """By name alone; also with shared sums, whose memory is that of its plan."""
     sizes = ((64, 128), (128, 128), (128, 24))  # the last has too few channels for its tile
-    weights = [testing.integer_tensor(cout, 3, 3, cin, limit=2, dtype=torch.float16) for cin, cout in sizes]
+    weights = [testing.integer_tensor(cout, 3, 3, cin, limit=2, dtype=dtype) for cin, cout in sizes]
     affines = [torch.stack([torch.full([w.shape[0]], 2.0**-7), torch.ones(w.shape[0])]) for w in weights]
-    x, program = testing.integer_tensor(1, 64, 14, 14, dtype=torch.float16, limit=4), [int(RELU), int(RELU | POOL), 0]
+    x, program = testing.integer_tensor(1, 64, 14, 14, dtype=dtype, limit=4), [int(RELU), int(RELU | POOL), 0]
     stack = torch.ops.vgg_fast_cuda_on_host.conv_stack_taps
     (expected,) = stack(x, weights, affines, program)
     pretend_device(sm, 132)
-    (actual,) = stack(x, weights, affines, program, kernel)
+    (actual,) = stack(x, weights, affines, program, kernel if dtype == torch.float16 else f"{kernel}_tf32")
     assert pretend_device(0, 0) == 3
     assert cuda_on_host().hopper_launches() == hopper
     assert torch.equal(actual, expected)
@@ -242,6 +243,19 @@ def test_the_self_test_runs_through_the_library(pretend_device: Callable[[int, i
     assert pretend_device(0, 0) > 8
     assert cuda_on_host().block1_launches() == 1
     assert cuda_on_host().hopper_launches() > 2
+
+
+def test_an_image_or_weights_that_are_not_aligned_are_two_launches(pretend_device: Callable[[int, int], int]) -> None:
+    """block1 copies both 16 bytes at a time."""
+    memory = testing.integer_tensor(64 * 27 + 8, limit=2, dtype=torch.float16)
+    second, affines = torch.ones(16, 3, 3, 64, dtype=torch.float16), [torch.ones(2, 64), torch.ones(2, 16)]
+    for image_at, weight_at in ((0, 0), (1, 0), (0, 4)):
+        x = memory[image_at : image_at + 6 * 4 * 3].view(1, 6, 4, 3).permute(0, 3, 1, 2)
+        first = memory[weight_at : weight_at + 64 * 27].view(64, 3, 3, 3)
+        pretend_device(80, 108)
+        torch.ops.vgg_fast_cuda_on_host.conv_stack(x, [first, second], affines, [0, 0])
+        assert pretend_device(0, 0) == 1
+        assert cuda_on_host().block1_launches() == (image_at + weight_at == 0)
 
 
 def test_what_is_not_aligned_is_left_to_the_plain_kernel(pretend_device: Callable[[int, int], int]) -> None:
@@ -266,7 +280,9 @@ def test_a_chain_names_what_is_wrong_with_it() -> None:
         run(x, [weight], [affine], [8])
     with pytest.raises(RuntimeError, match="2 weights, 1 affines and 1 program entries"):
         run(x, [weight, weight], [affine], [0])
-    with pytest.raises(RuntimeError, match="no kernel 'cuda_mma'; choose one of cuda, cuda_tf32, cuda_wgmma"):
+    with pytest.raises(
+        RuntimeError, match="no kernel 'cuda_mma'; choose one of cuda, cuda_tf32, cuda_wgmma, cuda_wgmma_tf32"
+    ):
         run(x, [weight], [affine], [0], "cuda_mma")
     with pytest.raises(RuntimeError, match="the program is empty"):
         run(x, [], [], [])

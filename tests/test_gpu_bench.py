@@ -153,9 +153,9 @@ def test_the_contestants_of_a_gpu():
     assert all(0 < row["returns_ms"] <= row["done_ms"] for row in launches)
 
 
-@pytest.mark.parametrize(("dtype", "name"), [(torch.float16, "=cuda"), (torch.float32, "cuda")])
+@pytest.mark.parametrize(("dtype", "name"), [(torch.float16, "=cuda"), (torch.float32, "=cuda_tf32")])
 def test_a_kernel_by_name_is_that_kernel_where_a_backend_stands_for_another(dtype, name):
-    """On Hopper the backend `cuda` would be cuda_wgmma's second row in 16 bits, but is cuda_tf32 for fp32."""
+    """On Hopper the backend `cuda` would be a second row of cuda_wgmma(_tf32); fp32 is in tf32 by default."""
     network, x = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1)).to(dtype), torch.ones(1, 3, 8, 8, dtype=dtype)
     with pytest.raises(contest.Unsuitable, match=f"backend '{name}' cannot run this: it runs on cuda, not cpu"):
         gpu_peers.by_kernel("cuda", network, x)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import ctypes
 import itertools
 import mmap
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -126,22 +127,42 @@ def check_pool_and_fingerprint() -> None:
     assert all(ops.fingerprint([guarded(weight, side)]) == ops.fingerprint([weight]) for side in SIDES)
 
 
-def in_a_process(call: str) -> subprocess.CompletedProcess:
-    """This file run as a program, which calls the function named."""
-    # The package this process has, in whatever folder it lies.
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    return subprocess.run(
-        [sys.executable, __file__, call], capture_output=True, text=True, env=environment, timeout=300, check=False
-    )
+PROCESSES = multiprocessing.get_context("forkserver")  # one process imports PyTorch, and a new one is a fork of it
+PROCESSES.set_forkserver_preload(["torch"])  # and not vgg_fast: its sys.path is not yet that of this process
 
 
-def test_the_guard_bites():
-    """Reading one element past the end, and one before the start, ends a process."""
-    for side in SIDES:
-        done = in_a_process(f"bite:{side}")
-        assert done.stdout == "alive\n"
-        # AddressSanitizer turns the signal into a report.
-        assert done.returncode == -signal.SIGSEGV or "SEGV" in done.stderr, done.stderr
+def begin(path: Path, function: Callable[..., None], arguments: tuple[str, ...]) -> None:
+    """What a process does: what it says goes to a file."""
+    with path.open("w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    function(*arguments)
+    print("done", flush=True)
+
+
+@pytest.fixture
+def in_a_process(tmp_path):
+    """Calls a function in a process of its own; returns its exit code and what it said."""
+
+    def run(function: Callable[..., None], *arguments: str) -> tuple[int | None, str]:
+        said = tmp_path / "said"
+        process = PROCESSES.Process(target=begin, args=(said, function, arguments))
+        process.start()
+        process.join(300)
+        process.kill()  # one that hangs; its exit code is None
+        return process.exitcode, said.read_text()
+
+    return run
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_the_guard_bites(in_a_process, side):
+    """Reading one element past the end, or one before the start, ends a process."""
+    code, said = in_a_process(bite, side)
+    assert said.startswith("alive\n")
+    # AddressSanitizer turns the signal into a report.
+    assert code == -signal.SIGSEGV or "SEGV" in said, said
+    assert "done" not in said.splitlines()
 
 
 def bite(side: str) -> None:
@@ -152,42 +173,23 @@ def bite(side: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", selection.cpu_kernels())
-def test_a_kernel_stays_within_its_tensors(kernel):
+def test_a_kernel_stays_within_its_tensors(in_a_process, kernel):
     try:
         selection.select(selection.problem_on(torch.bfloat16, torch.device("cpu")), kernel)
     except RuntimeError as error:
         pytest.skip(str(error))
-    done = in_a_process(f"kernel:{kernel}")
-    assert done.returncode == 0, f"{done.returncode}: {done.stderr}"
-    assert done.stdout == "done\n"
+    assert in_a_process(check, kernel) == (0, "done\n")
 
 
 @pytest.mark.parametrize("kernel", selection.linear_kernels())
-def test_a_linear_kernel_stays_within_its_tensors(kernel):
+def test_a_linear_kernel_stays_within_its_tensors(in_a_process, kernel):
     dtype = torch.bfloat16 if kernel == "amx_bf16" else torch.float32
     try:
         selection.select_linear(selection.problem_on(dtype, torch.device("cpu")), kernel)
     except RuntimeError as error:
         pytest.skip(str(error))
-    done = in_a_process(f"linear:{kernel}")
-    assert done.returncode == 0, f"{done.returncode}: {done.stderr}"
-    assert done.stdout == "done\n"
+    assert in_a_process(check_linear, kernel) == (0, "done\n")
 
 
-def test_pool_and_fingerprint_stay_within_their_tensors():
-    done = in_a_process("others")
-    assert done.returncode == 0, f"{done.returncode}: {done.stderr}"
-    assert done.stdout == "done\n"
-
-
-if __name__ == "__main__":
-    what, _, argument = sys.argv[1].partition(":")
-    if what == "bite":
-        bite(argument)
-    elif what == "kernel":
-        check(argument)
-    elif what == "linear":
-        check_linear(argument)
-    else:
-        check_pool_and_fingerprint()
-    print("done")
+def test_pool_and_fingerprint_stay_within_their_tensors(in_a_process):
+    assert in_a_process(check_pool_and_fingerprint) == (0, "done\n")

@@ -60,9 +60,12 @@ EXPECTED_MISSES: dict[tuple[str, str], dict[int, dict[str, Any]]] = {
         100: {"loads": {"LDG.16": 46}},
         120: {"loads": {"LDG.16": 46}},
     },
-    ("cuda conv3x3", "bf16"): {sm: {"tensor": "none", "loads": {"LDG.16": 52}} for sm in CUDA_SMS},
-    ("cuda conv3x3", "fp16"): {sm: {"tensor": "none", "loads": {"LDG.16": 52}} for sm in CUDA_SMS},
-    ("cuda conv3x3", "fp32"): {sm: {"loads": {"LDG.32": 52}} for sm in CUDA_SMS},
+    ("cuda conv3x3", "bf16 x1"): {sm: {"tensor": "none", "loads": {"LDG.16": 52}} for sm in CUDA_SMS},
+    ("cuda conv3x3", "bf16 x4"): {sm: {"tensor": "none", "loads": {"LDG.64": 52}} for sm in CUDA_SMS},
+    ("cuda conv3x3", "fp16 x1"): {sm: {"tensor": "none", "loads": {"LDG.16": 52}} for sm in CUDA_SMS},
+    ("cuda conv3x3", "fp16 x4"): {sm: {"tensor": "none", "loads": {"LDG.64": 52}} for sm in CUDA_SMS},
+    ("cuda conv3x3", "fp32 x1"): {sm: {"loads": {"LDG.32": 52}} for sm in CUDA_SMS},
+    ("cuda conv3x3", "fp32 x4"): {sm: {"loads": {"LDG.128": 52}} for sm in CUDA_SMS},
 }
 
 
@@ -108,10 +111,11 @@ def test_cuda(sm: int) -> None:
     forms = ("maxpool2x2 x1", "maxpool2x2 x{}", "maxpool2x2_columns x{}", "maxpool2x2_backward x1")
     forms += ("maxpool2x2_backward x{}", "maxpool2x2_backward_columns x{}")
     wanted = {("cuda block1", dtype) for dtype in ("fp16", "bf16")}
-    hopper = {("cuda conv3x3_sm90", f"{dtype} {rows}") for dtype in ("fp16", "bf16") for rows in HEIGHTS}
+    hopper = {("cuda conv3x3_sm90", f"{dtype} {rows}") for dtype in ("fp16", "bf16", "tf32") for rows in HEIGHTS}
     wanted |= hopper if sm == 90 else set()
     for dtype, packet in (("fp32", 4), ("fp16", 8), ("bf16", 8)):
-        wanted |= {("cuda conv3x3", dtype), *(("cuda maxpool2x2", f"{dtype} {form.format(packet)}") for form in forms)}
+        wanted |= {("cuda conv3x3", f"{dtype} x{elements}") for elements in (1, 4)}
+        wanted |= {*(("cuda maxpool2x2", f"{dtype} {form.format(packet)}") for form in forms)}
         wanted |= {("cuda conv3x3_mma", f"{dtype.replace('fp32', 'tf32')} {tile}") for tile in TILES}
     assert names == wanted
     dynamic = {row.kernel for row in rows() if row.kernel.startswith("cuda") and row.shared}

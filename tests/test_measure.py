@@ -42,10 +42,11 @@ def test_short_calls_are_repeated_until_a_turn_is_long_enough():
         calls += 1
         time.sleep(1e-3)
 
-    timing = interleave({"short": short}, rounds=1, warmup=1, turn_ms=8)["short"]
+    # A turn that no delay of a busy machine makes one call long.
+    timing = interleave({"short": short}, rounds=1, warmup=1, turn_ms=100)["short"]
     assert calls >= 4
     assert len(timing.milliseconds) == 1
-    assert 1 <= timing.minimum < 8, "milliseconds per call, not per turn"
+    assert 1 <= timing.minimum < 100, "milliseconds per call, not per turn"
 
 
 def test_slower_is_slower():

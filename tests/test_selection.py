@@ -186,7 +186,7 @@ def test_gpu_kernels_by_name_on_gpus_nobody_here_has(capability):
 
 @pytest.mark.parametrize("capability", GPUS)
 def test_hopper_has_a_cuda_kernel_of_its_own_and_another_to_stand_in(capability):
-    """16-bit tensors on sm_90 alone; of the rules themselves, as this machine may lack the library."""
+    """16 bits and tf32 on sm_90 alone; of the rules themselves, as this machine may lack the library."""
     for dtype in (torch.float16, torch.bfloat16):
         problem = Problem(dtype, "cuda", capability)
         assert selection.kernels_of("triton", problem) == ["triton"]
@@ -194,15 +194,17 @@ def test_hopper_has_a_cuda_kernel_of_its_own_and_another_to_stand_in(capability)
         reason = f"kernel 'cuda_wgmma' is for sm_90 alone, this GPU is {capability}: take 'cuda'"
         assert selection.objections("cuda_wgmma", problem) == ([] if capability == "sm_90" else [reason])
         assert selection.objections("cuda", problem) == []
-    for precision, kernel in (("highest", "cuda"), ("high", "cuda_tf32")):
+    for precision, kernels in (("highest", ["cuda"]), ("high", ["cuda_wgmma_tf32", "cuda_tf32"])):
         problem = Problem(torch.float32, "cuda", capability, precision)
-        assert selection.kernels_of("cuda", problem) == [kernel]
+        assert selection.kernels_of("cuda", problem) == (kernels if capability == "sm_90" else kernels[-1:])
         assert "takes bfloat16 and float16, not torch.float32" in selection.objections("cuda_wgmma", problem)[0]
 
 
 def test_cuda_wgmma_by_name_never_falls_back():
     with pytest.raises(RuntimeError, match="'cuda_wgmma' is for sm_90 alone, this GPU is sm_100: take 'cuda'"):
         select(Problem(torch.float16, "cuda", "sm_100"), "cuda_wgmma")
+    with pytest.raises(RuntimeError, match="'cuda_wgmma_tf32' is for sm_90 alone, this GPU is sm_80: take 'cuda_tf32'"):
+        select(Problem(torch.float32, "cuda", "sm_80"), "cuda_wgmma_tf32")
     with pytest.raises(RuntimeError, match=r"'cuda_wgmma' takes bfloat16 and float16, not torch.float32"):
         select(Problem(torch.float32, "cuda", "sm_90"), "=cuda_wgmma")
 
@@ -229,7 +231,8 @@ def test_what_is_timed_on_a_gpu():
     lacking = library.missing("_C_cuda") is not None
     for precision, suffix in (("highest", ""), ("high", "_tf32")):
         problem = Problem(torch.float32, "cuda", "sm_90", precision)
-        assert selection.candidates(problem) == [f"triton{suffix}", f"cuda{suffix}"][: 1 if lacking else 2]
+        of_cuda = [*(["cuda_wgmma_tf32"] if suffix else []), f"cuda{suffix}"]
+        assert selection.candidates(problem) == [f"triton{suffix}", *([] if lacking else of_cuda)]
         assert select(problem) == "reference"
     on_hopper = selection.candidates(Problem(torch.float16, "cuda", "sm_90"))
     assert on_hopper == ["triton", "cuda_wgmma", "cuda"][: 1 if lacking else 3]
@@ -250,6 +253,7 @@ def test_a_kernel_that_failed_its_self_test_is_refused_and_not_timed(monkeypatch
 
 # In a process of its own: some of these settings cannot be put back. Warnings are errors there.
 SETTINGS = """
+import itertools
 import torch
 from vgg_fast.selection import float32_precision
 
@@ -270,7 +274,13 @@ backends.fp32_precision = "tf32"  # which it inherits from
 assert (gpu(), float32_precision()) == ("high", "high")
 backends.cudnn.fp32_precision = "ieee"
 assert gpu() == "highest"
-backends.fp32_precision = "none"
+for values in itertools.product(("none", "ieee", "tf32"), repeat=3):  # "none" inherits; none of them is ieee
+    backends.cudnn.conv.fp32_precision, backends.cudnn.fp32_precision, backends.fp32_precision = values
+    assert gpu() == ("high" if [*filter("none".__ne__, values), "none"][0] == "tf32" else "highest"), values
+backends.cudnn.fp32_precision = backends.fp32_precision = "none"
+for allowed in (False, True, False, True):
+    backends.cudnn.allow_tf32 = allowed
+    assert (gpu() == "high") == torch.backends.cudnn.allow_tf32 == allowed
 backends.cuda.matmul.fp32_precision = "tf32"  # after which torch.get_float32_matmul_precision() raises
 assert float32_precision() == "highest"
 """

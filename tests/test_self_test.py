@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.virtual_gpu import cuda_cases
+from tests.virtual_gpu.sm90 import HEIGHTS
 from vgg_fast import reference, selection
 from vgg_fast.kernels.configs import Architecture
 from vgg_fast.ops._self_test import CHAINS, chains_of, failure, pool_failure, require
@@ -96,10 +97,11 @@ def names_of(layer: cuda_cases.LayerPlan) -> set[str]:
     if layer.kernel == cuda_cases.HOPPER:
         cut = layer.hopper
         parts = {"whole": cut.whole > 0, "half": cut.items > cut.whole, "split": cut.split > 1}
-        return {f"wgmma, {part}" for part, is_there in parts.items() if is_there}
+        return {f"wgmma {cut.rows}, {part}" for part, is_there in parts.items() if is_there}
     if layer.kernel == cuda_cases.TENSOR_CORES:
         return {f"mma {cuda_cases.TILES[layer.plan.tile]}", *(["mma, split"] if layer.plan.split > 1 else [])}
-    return {"plain, tap and pool" if layer.step & 6 == 6 else "plain"}
+    by_sectors = layer.args.cin * (4 if layer.args.dtype == 0 else 2) % 32 == 0
+    return {"plain by sectors" if by_sectors else "plain", *(["plain, tap and pool"] if layer.step & 6 == 6 else [])}
 
 
 def reached(kernel: str, dtype: torch.dtype, gpu: Architecture) -> set[str]:
@@ -120,11 +122,13 @@ PLAIN = {"plain", "plain, tap and pool"}
 def test_every_cuda_kernel_that_a_gpu_may_be_given_is_tested(gpu):
     """Through the planners that choose on the GPU itself; a new kernel or tile has to be added to these sets."""
     assert MMA - {"mma, split"} == {f"mma {tile}" for tile in cuda_cases.TILES}
-    assert reached("cuda", torch.float32, gpu) == PLAIN
+    assert reached("cuda", torch.float32, gpu) == PLAIN | {"plain by sectors"}
     assert reached("cuda_tf32", torch.float32, gpu) == PLAIN | MMA
+    on_hopper = {f"wgmma {rows}, {part}" for rows in HEIGHTS for part in ("whole", "half")} | {"wgmma 14, split"}
+    on_hopper = on_hopper if gpu.sm == 90 else set()
+    assert reached("cuda_wgmma_tf32", torch.float32, gpu) == PLAIN | MMA | on_hopper
     for dtype in (torch.float16, torch.bfloat16):
         assert reached("cuda", dtype, gpu) == PLAIN | MMA | {"block1"}
-        on_hopper = {"wgmma, whole", "wgmma, half", "wgmma, split"} if gpu.sm == 90 else set()
         assert reached("cuda_wgmma", dtype, gpu) == PLAIN | MMA | {"block1"} | on_hopper
 
 
@@ -154,6 +158,17 @@ def test_a_kernel_that_fails_is_switched_off_and_says_what_to_do():
         for dtype in DTYPES:  # what fails in one dtype is not trusted in another
             refused(dtype, kernel)
     assert kernel.calls == 1
+
+
+def test_a_full_device_says_nothing_of_a_kernel():
+    def full(results: list[Tensor]) -> list[Tensor]:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+            require("imagined kernel on a full device", torch.float16, CPU, Kernel(full))
+    assert selection.why_switched_off("imagined kernel on a full device", CPU) is None
+    require("imagined kernel on a full device", torch.float16, CPU, Kernel())
 
 
 def test_it_works_in_whatever_mode_the_first_call_is_made_and_leaves_the_random_state():

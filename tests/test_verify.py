@@ -36,7 +36,7 @@ def test_every_kernel_of_this_machine_is_right():
         assert row.result == ("not here" if row.absent else "ok")
         # With a pool and without, two memory formats: rgb_odd and two have 2x2 epilogues, one_row only two. Each once
         # more with a tap, which gives two results; and three chains.
-        expected = {"conv3x3": (40, 20), "conv_stack": (83, 43), "maxpool2x2": (12, 12), "linear": (32, 16)}[row.op]
+        expected = {"conv3x3": (40, 20), "conv_stack": (83, 43), "linear": (32, 16)}.get(row.op, (12, 12))  # the pool
         assert (row.problems, row.exact) == ((0, 0) if row.absent else expected)
         assert 0 <= row.worst <= 1
         assert 0 <= row.worst_border <= 1
@@ -174,10 +174,11 @@ def test_ctrl_c_keeps_what_was_checked():
     assert by_op["conv3x3"].problems == 16, "the first shape only"
 
 
-def test_a_wrong_corner_pixel_of_the_pool_is_found():
-    wrong = replace(GOOD, maxpool2x2=lambda x: corner(GOOD.maxpool2x2(x)))
+@pytest.mark.parametrize("op", ["maxpool2x2", "maxpool2x2_backward"])
+def test_a_wrong_corner_pixel_of_the_pool_and_of_its_gradient_is_found(op):
+    wrong = replace(GOOD, **{op: lambda *tensors: corner(getattr(GOOD, op)(*tensors))})
     rows = verify(shapes=[testing.shape("two")], dtypes=[torch.float32], checked=wrong)
-    assert {row.op for row in rows if row.result == "MISS"} == {"maxpool2x2"}
+    assert {row.op for row in rows if row.result == "MISS"} == {op}
 
 
 def test_a_wrong_output_of_linear_is_found():

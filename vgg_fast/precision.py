@@ -16,7 +16,9 @@ def float32_precision(of: str = "conv", device_type: str = "cpu") -> str:
 
     On the CPU ``torch.backends.mkldnn.conv.fp32_precision`` where it is set (ieee, tf32 or bf16; it inherits from
     ``torch.backends.fp32_precision``), else ``torch.get_float32_matmul_precision()``. On a GPU
-    ``torch.backends.cudnn.conv.fp32_precision``, of which ``torch.backends.cudnn.allow_tf32`` is the older name.
+    ``torch.backends.cudnn.conv.fp32_precision``, of which ``torch.backends.cudnn.allow_tf32`` is the older name. From
+    whom it inherits (``torch.backends.cudnn``, then ``torch.backends``) PyTorch looks up itself when read: ``none``
+    says that none of the three is set, as after ``allow_tf32 = False``, and convolutions are then in ieee.
 
     Args:
         of: ``conv``, or ``matmul`` for fully connected layers on the CPU: the setting that counts.

@@ -99,8 +99,8 @@ BACKENDS = {
     )
 }
 
-# The kernels of the GPU backends. That of a backend's own name is for fp16, bf16 and true fp32; `cuda_wgmma` is `cuda`
-# with Hopper's wgmma where a layer allows it; the others take fp32 at the precision that their name ends on.
+# The kernels of the GPU backends. That of a backend's own name is for fp16, bf16 and true fp32; others take fp32 at the
+# precision that their name ends on. With `_wgmma` they are the same but for Hopper's wgmma, where a layer allows it.
 GPU_KERNELS = {
     "triton": "triton",
     "triton_tf32": "triton",
@@ -108,6 +108,7 @@ GPU_KERNELS = {
     "cuda": "cuda",
     "cuda_wgmma": "cuda",
     "cuda_tf32": "cuda",
+    "cuda_wgmma_tf32": "cuda",
 }
 _EXACT = {f"={kernel}": kernel for kernel in GPU_KERNELS}
 
@@ -132,14 +133,15 @@ def objections(kernel: str, problem: Problem) -> list[str]:
     owner = GPU_KERNELS[kernel]
     if kernel == owner:
         return []
-    on_hopper = kernel == "cuda_wgmma"
-    taken = (torch.bfloat16, torch.float16) if on_hopper else (torch.float32,)
+    of_16_bits = kernel == "cuda_wgmma"
+    taken = (torch.bfloat16, torch.float16) if of_16_bits else (torch.float32,)
     reasons = []
     if problem.dtype not in taken:
         listed = " and ".join(_DTYPES[dtype] for dtype in taken)
         reasons.append(f"kernel {kernel!r} takes {listed}, not {problem.dtype}: take {owner!r}")
-    if on_hopper and problem.device_type == "cuda" and problem.architecture != "sm_90":
-        reasons.append(f"kernel {kernel!r} is for sm_90 alone, this GPU is {problem.architecture}: take {owner!r}")
+    anywhere = kernel.replace("_wgmma", "")
+    if kernel != anywhere and problem.device_type == "cuda" and problem.architecture != "sm_90":
+        reasons.append(f"kernel {kernel!r} is for sm_90 alone, this GPU is {problem.architecture}: take {anywhere!r}")
     return reasons
 
 
@@ -157,10 +159,9 @@ def kernels_of(backend: str, problem: Problem) -> list[str]:
     if backend not in GPU_KERNELS:
         name, dtype = "auto" if backend == "cpu" else backend, _DTYPES[problem.dtype]
         return [torch.ops.vgg_fast.cpu_select(dtype, problem.precision, name, problem.architecture)]
-    if problem.dtype is torch.float32:
-        return [backend if problem.precision == "highest" else f"{backend}_tf32"]
-    on_hopper = backend == "cuda" and not objections("cuda_wgmma", problem)
-    return ["cuda_wgmma", backend] if on_hopper else [backend]
+    rung = "_tf32" if problem.dtype is torch.float32 and problem.precision != "highest" else ""
+    on_hopper = backend == "cuda" and not objections(f"cuda_wgmma{rung}", problem)
+    return [*([f"cuda_wgmma{rung}"] if on_hopper else []), f"{backend}{rung}"]
 
 
 def select(problem: Problem, backend: str = "auto", switched_off: Collection[str] = ()) -> str:

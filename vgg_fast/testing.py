@@ -135,6 +135,7 @@ _PRODUCT_ERRORS = {
     "triton_bf16x3": 3 * _U**2,
     "triton_tf32": 2 * _TF32 + _TF32**2,
     "cuda_tf32": 2 * _TF32 + _TF32**2,
+    "cuda_wgmma_tf32": 2 * _TF32 + _TF32**2,
 }
 
 # Additions per product, in units of fp32's rounding. A tensor core adds a block of products to its accumulator with all
@@ -142,7 +143,7 @@ _PRODUCT_ERRORS = {
 # tensor cores", 2021): at most 2 roundings per block, and half a one per operand. A block of 8 (fp16, bf16) costs 6.5
 # for 8 products, which is less than the 1 of every order of summation; one of 4 (tf32) costs 4.5, and bf16x3 has
 # three products for one.
-_ADDITIONS = {"triton_tf32": 9 / 8, "cuda_tf32": 9 / 8, "triton_bf16x3": 3.0}
+_ADDITIONS = {"triton_tf32": 9 / 8, "cuda_tf32": 9 / 8, "cuda_wgmma_tf32": 9 / 8, "triton_bf16x3": 3.0}
 
 
 def product_error(kernel: str, dtype: torch.dtype) -> float:

@@ -10,7 +10,7 @@ constexpr int kBlock1Channels = 64;  // between the two convolutions
 //   middle = relu(affine(conv3x3(x, weight)))       never in global memory
 //   out    = relu(affine(conv3x3(middle, second.weight))), pooled = its maxima
 struct Block1Args {
-  const void* x;        // [n, h, w, cin], cin <= 4
+  const void* x;        // [n, h, w, cin], cin <= 4; begins, as the next, at a multiple of 16 bytes
   const void* weight;   // [64, 3, 3, cin]
   const float* affine;  // [2, 64]
   int cin;

@@ -8,7 +8,9 @@ namespace vgg_fast::cuda {
 Family family_named(const std::string& name) {
   if (name == "cuda_tf32") return Family::kCudaTf32;
   if (name == "cuda_wgmma") return Family::kCudaWgmma;
-  STD_TORCH_CHECK(name == "cuda", "there is no kernel '", name, "'; choose one of cuda, cuda_tf32, cuda_wgmma");
+  if (name == "cuda_wgmma_tf32") return Family::kCudaWgmmaTf32;
+  STD_TORCH_CHECK(name == "cuda", "there is no kernel '", name,
+                  "'; choose one of cuda, cuda_tf32, cuda_wgmma, cuda_wgmma_tf32");
   return Family::kCuda;
 }
 
@@ -47,7 +49,8 @@ Layer plan_layer(const Tensor& x, bool aligned, int64_t cin, int64_t h, int64_t 
   a.cout = cout;
   a.dtype = kernel_dtype("conv3x3", x);
   a.relu = step & kRelu;
-  choose_kernel(layer, aligned && reinterpret_cast<uintptr_t>(a.weight) % 16 == 0, family, limits);
+  layer.aligned = aligned && reinterpret_cast<uintptr_t>(a.weight) % 16 == 0;
+  choose_kernel(layer, family, limits);
   return layer;
 }
 

@@ -228,19 +228,41 @@ __device__ inline uint4 packed(const float (&v)[8], __nv_bfloat16) {
   return all;
 }
 
-// affine and ReLU, one rounding, and the store of kUnit channels of one pixel from channel co on.
+// ReLU of what packed() gave. Of a NaN it is one.
+template <typename Pair>
+__device__ uint4 relu(uint4 all) {
+  Pair* pairs = reinterpret_cast<Pair*>(&all);
+  for (int i = 0; i < 4; ++i) pairs[i] = __hmax2_nan(pairs[i], Pair{});
+  return all;
+}
+
+// Scales and shifts of the channels that a thread ends up with.
+template <class K>
+struct Affine {
+  float scale[K::kVectors][K::kUnit], shift[K::kVectors][K::kUnit];
+
+  // In shared memory: bn scales and bn shifts, from this thread's first channel on.
+  __device__ explicit Affine(const float* from) {
+#pragma unroll
+    for (int v = 0; v < K::kVectors; ++v)
+#pragma unroll
+      for (int i = 0; i < K::kUnit; ++i) {
+        scale[v][i] = from[v * 4 * K::kUnit + i];
+        shift[v][i] = from[K::kBn + v * 4 * K::kUnit + i];
+      }
+  }
+};
+
+// affine and ReLU, one rounding, and the store of the v-th kUnit channels of one pixel, from channel co on.
 template <class K>
 __device__ void store(const MmaArgs& a, void* out, int64_t pixel, int co, const float (&sum)[K::kUnit],
-                      const float* affine) {
+                      const Affine<K>& affine, int v) {
   using T = typename K::T;
   if (co >= a.cout) return;
   const float floor = a.relu ? 0.0f : __int_as_float(0xff800000);  // -Inf
   float y[K::kUnit];
 #pragma unroll
-  for (int i = 0; i < K::kUnit; ++i) {
-    y[i] = fmaf(sum[i], affine[i], affine[K::kBn + i]);
-    if (y[i] < floor) y[i] = 0.0f;  // keeps NaN
-  }
+  for (int i = 0; i < K::kUnit; ++i) y[i] = ptx::max_nan(fmaf(sum[i], affine.scale[v][i], affine.shift[v][i]), floor);
   T* to = static_cast<T*>(out) + pixel * a.cout + co;
   if (a.cout % K::kUnit == 0) {
     *reinterpret_cast<uint4*>(to) = packed(y, T());
@@ -251,12 +273,13 @@ __device__ void store(const MmaArgs& a, void* out, int64_t pixel, int co, const 
   }
 }
 
-// affine: in shared memory, bn scales and bn shifts, from this thread's first channel on.
+// shared_affine: as Affine takes it.
 template <class K>
-__device__ void epilogue(const MmaArgs& a, int first_position, int first_channel, const float* affine,
+__device__ void epilogue(const MmaArgs& a, int first_position, int first_channel, const float* shared_affine,
                          const float (&acc)[K::kUnits][K::kColumns][4]) {
   constexpr int kEach = K::kUnit / 2;  // neighbouring columns of mma that make 16 bytes
   const int lane = threadIdx.x % 32;
+  const Affine<K> affine(shared_affine);
 #pragma unroll
   for (int u = 0; u < K::kUnits; ++u) {
     const Place place = place_of(a, first_position + u * 8 + lane / 4);
@@ -276,8 +299,8 @@ __device__ void epilogue(const MmaArgs& a, int first_position, int first_channel
         lower[i] = acc[u][v * kEach + i / 2][2 + i % 2];
       }
       if (a.out) {
-        if (inside) store<K>(a, a.out, pixel, first_channel + channel, upper, affine + channel);
-        if (inside && y + 1 < a.h) store<K>(a, a.out, pixel + a.w, first_channel + channel, lower, affine + channel);
+        if (inside) store<K>(a, a.out, pixel, first_channel + channel, upper, affine, v);
+        if (inside && y + 1 < a.h) store<K>(a, a.out, pixel + a.w, first_channel + channel, lower, affine, v);
       }
       if (a.pooled) {  // strips are even: the neighbour in the window is the neighbouring position, 4 lanes on
 #pragma unroll
@@ -285,7 +308,7 @@ __device__ void epilogue(const MmaArgs& a, int first_position, int first_channel
           const float column = ptx::max_nan(upper[i], lower[i]);
           best[i] = ptx::max_nan(column, __shfl_xor_sync(0xffffffff, column, 4));
         }
-        if (is_window) store<K>(a, a.pooled, window, first_channel + channel, best, affine + channel);
+        if (is_window) store<K>(a, a.pooled, window, first_channel + channel, best, affine, v);
       }
     }
   }

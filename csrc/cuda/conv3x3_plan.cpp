@@ -111,12 +111,12 @@ MmaPlan plan_block1(int64_t n, int64_t h, int64_t w) {
   plan.pairs = ceil_div(h, kEdge) * kEdge / 2;
   plan.pitch = kEdge + 2;
   plan.pad = 2 * plan.pitch;  // no tile crosses it
-  plan.halo = 326;
+  plan.halo = 325;
   plan.rows = static_cast<int>(n) * plan.strips * ceil_div(h, kEdge);
   plan.columns = plan.split = 1;
-  // Weights, the middle map, affines, the table of its pixels, the image, the first weights.
+  // Weights, the middle map, affines, the image, the first weights.
   plan.shared_bytes = kMmaWeightStages * 6 * (tile.bn + 4) * 16 + kBlock1Channels / 8 * plan.halo * 16 +
-                      2 * 2 * kBlock1Channels * 4 + 18 * 18 * 4 + 20 * 20 * 8 + kBlock1Channels * 40 * 2;
+                      2 * 2 * kBlock1Channels * 4 + 20 * 224 + kBlock1Channels * 9 * 4 * 2;
   return plan;
 }
 

@@ -363,6 +363,7 @@ __device__ bool gather(const Task& t, const Item& item, Shared<kRows> shared, fl
   __threadfence();
 #pragma unroll
   for (float& sum : sums) sum = 0.0f;
+  // Its own part, too: kept in registers beside the sums it would spill.
 #pragma unroll 1
   for (int part = 0; part < t.split; ++part)
 #pragma unroll

@@ -10,11 +10,28 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
-// The plan with blocks of so many rows, and how long it takes: rows of blocks that the busiest multiprocessor works off
-// one after the other, those of a half tile counting half.
+// Clocks for each row of a block: a chunk of a half tile is 9 taps x 4 k-steps x 2 consumers, 4 clocks each; a part of
+// a shared sum is 4 KB, written by all and read by the last to come, at 39 bytes a clock (the L2's share of a
+// multiprocessor that counters.py assumes).
+constexpr int64_t kChunkClocks = 9 * 4 * 2 * 4, kPartClocks = 4096 / 39;
+
+int64_t split_clocks(int64_t chunks, int64_t split) {
+  return ceil_div(chunks, split) * kChunkClocks + (split > 1 ? split * kPartClocks : 0);
+}
+
+// The CTAs that share the chunks of a half tile: whoever is not the last has as many chunks as any.
+int64_t best_split(int64_t chunks, int64_t most) {
+  int64_t best = 1;
+  for (int64_t split = 2; split <= std::min(most, chunks); ++split)
+    if (ceil_div(chunks, ceil_div(chunks, split)) == split && split_clocks(chunks, split) < split_clocks(chunks, best))
+      best = split;
+  return best;
+}
+
+// The plan with blocks of so many rows, and the clocks of the busiest multiprocessor.
 struct Candidate {
   Sm90Plan plan;
-  double time;
+  int64_t clocks;
 };
 
 Candidate cut(const Sm90Problem& p, int rows_of_block, int multiprocessors) {
@@ -37,19 +54,16 @@ Candidate cut(const Sm90Problem& p, int rows_of_block, int multiprocessors) {
 
   // A grid smaller than half of the GPU shares the chunks of each tile among several CTAs.
   plan.split = 1;
-  if (tiles == 0 && halves > 0) {
-    const int64_t chunks = p.cin * element_size(p.dtype) / kSm90Chunk;
-    const int64_t most = std::clamp<int64_t>(multiprocessors / halves, 1, chunks);
-    plan.split = static_cast<int>(ceil_div(chunks, ceil_div(chunks, most)));
-  }
+  const int64_t chunks = p.cin * element_size(p.dtype) / kSm90Chunk;
+  if (tiles == 0 && halves > 0) plan.split = static_cast<int>(best_split(chunks, multiprocessors / halves));
   plan.items = static_cast<int>(plan.whole + halves * plan.split);
   if (plan.split > 1) {
     const int64_t sums = int64_t{kSm90Half} * plan.rows * kSm90Width * kSm90Columns;
     plan.partial_bytes = halves * plan.split * sums * static_cast<int64_t>(sizeof(float));
     plan.counter_bytes = halves * static_cast<int64_t>(sizeof(unsigned));
   }
-  const double rounds = static_cast<double>(ceil_div(plan.whole, multiprocessors));
-  const double last = halves > 0 ? 0.5 / plan.split : 0.0;
+  const int64_t rounds = ceil_div(plan.whole, multiprocessors) * 2 * chunks * kChunkClocks;
+  const int64_t last = halves > 0 ? split_clocks(chunks, plan.split) : 0;
   return {plan, (rounds + last) * plan.rows};
 }
 
@@ -69,7 +83,7 @@ const char* sm90_unsupported(const Sm90Problem& p, int sm) {
 Sm90Plan plan_sm90(const Sm90Problem& p, int multiprocessors) {
   const Candidate low = cut(p, kSm90Rows[0], multiprocessors), high = cut(p, kSm90Rows[1], multiprocessors);
   // Higher blocks have fewer halos.
-  return low.time < high.time ? low.plan : high.plan;
+  return low.clocks < high.clocks ? low.plan : high.plan;
 }
 
 }  // namespace vgg_fast::cuda

@@ -15,15 +15,16 @@ namespace vgg_fast::cuda {
 constexpr int64_t kRelu = 1, kPool = 2, kTap = 4;
 
 // What a caller asks for, by the names of vgg_fast.selection: mma.sync for 16-bit tensors (`cuda`), for fp32 ones as
-// well (`cuda_tf32`), or Hopper's kernel before it (`cuda_wgmma`). Where none of these serves a layer, the plain
-// kernel.
-enum class Family { kCuda, kCudaTf32, kCudaWgmma };
+// well (`cuda_tf32`), and either with Hopper's kernel before it (`cuda_wgmma`, `cuda_wgmma_tf32`). Where none of these
+// serves a layer, the plain kernel.
+enum class Family { kCuda, kCudaTf32, kCudaWgmma, kCudaWgmmaTf32 };
 
 enum class Kernel { kPlain, kTensorCores, kHopper };
 
 struct Layer {
   Conv3x3Args args;  // without x and out
   int64_t step;      // bits
+  bool aligned;      // whether its input and its weight begin at multiples of 16 bytes
   Kernel kernel;
   MmaPlan plan;     // for kTensorCores
   Sm90Plan hopper;  // for kHopper
@@ -38,9 +39,8 @@ struct Layer {
   int64_t out_w() const { return pool() ? args.w / 2 : args.w; }
 };
 
-// Sets the kernel of a layer whose args and step are there, and its plan. aligned: whether the input and the weight
-// begin at multiples of 16 bytes.
-void choose_kernel(Layer& layer, bool aligned, Family family, DeviceLimits limits);
+// Sets the kernel of a layer whose args, step and alignment are there, and its plan.
+void choose_kernel(Layer& layer, Family family, DeviceLimits limits);
 
 // Makes one launch of the first two layers of a chain where that is possible (block1_cuda.h).
 void fuse_first_block(std::vector<Layer>& layers);

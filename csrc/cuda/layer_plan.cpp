@@ -4,13 +4,15 @@
 
 namespace vgg_fast::cuda {
 
-void choose_kernel(Layer& layer, bool aligned, Family family, DeviceLimits limits) {
+void choose_kernel(Layer& layer, Family family, DeviceLimits limits) {
   const Conv3x3Args& a = layer.args;
   layer.kernel = Kernel::kPlain;
-  if (a.n == 0 || !aligned || limits.sm < 80 || (a.dtype == DType::kFloat32 && family != Family::kCudaTf32)) return;
+  const bool tf32 = family == Family::kCudaTf32 || family == Family::kCudaWgmmaTf32;
+  const bool wgmma = family == Family::kCudaWgmma || family == Family::kCudaWgmmaTf32;
+  if (a.n == 0 || !layer.aligned || limits.sm < 80 || (a.dtype == DType::kFloat32 && !tf32)) return;
   const MmaProblem problem{a.n, a.h, a.w, a.cin, a.cout, a.dtype};
   const Sm90Problem on_hopper{a.n, a.h, a.w, a.cin, a.cout, a.dtype};
-  if (family == Family::kCudaWgmma && !sm90_unsupported(on_hopper, limits.sm)) {
+  if (wgmma && !sm90_unsupported(on_hopper, limits.sm)) {
     layer.hopper = plan_sm90(on_hopper, limits.multiprocessors);
     layer.kernel = Kernel::kHopper;
   } else if (!mma_unsupported(problem)) {
@@ -23,7 +25,7 @@ void fuse_first_block(std::vector<Layer>& layers) {
   if (layers.size() < 2) return;
   Layer &first = layers[0], &second = layers[1];
   const bool hidden = !first.pool() && !first.tap();
-  if (!hidden || second.kernel == Kernel::kPlain ||
+  if (!hidden || !first.aligned || second.kernel == Kernel::kPlain ||
       !is_block1(first.args.dtype, first.args.cin, first.args.cout, second.args.cout))
     return;
   second.kernel = Kernel::kTensorCores;

@@ -3,15 +3,11 @@
 namespace vgg_fast::cuda {
 namespace {
 
-constexpr int64_t kPacket = 16;  // bytes
-
-bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kPacket == 0; }
-
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <typename T>
 const char* forward(const Maxpool2x2Args& a, Queue queue) {
-  constexpr int V = kPacket / sizeof(T);
+  constexpr int V = kPacketBytes / sizeof(T);
   const bool aligned = is_aligned(a.x) && is_aligned(a.out);
   const int64_t windows = a.n * (a.h / 2) * (a.w / 2);
   if (aligned && a.c % V == 0) return launch(maxpool2x2_kernel<T, V>, windows * (a.c / V), a, queue);
@@ -22,7 +18,7 @@ const char* forward(const Maxpool2x2Args& a, Queue queue) {
 
 template <typename T>
 const char* backward(const Maxpool2x2BackwardArgs& a, Queue queue) {
-  constexpr int V = kPacket / sizeof(T);
+  constexpr int V = kPacketBytes / sizeof(T);
   const bool aligned = is_aligned(a.x) && is_aligned(a.grad_out) && is_aligned(a.grad_x);
   const int64_t rows = a.n * ceil_div(a.h, 2), windows = rows * ceil_div(a.w, 2);
   if (aligned && a.c % V == 0) return launch(maxpool2x2_backward_kernel<T, V>, windows * (a.c / V), a, queue);

@@ -12,23 +12,9 @@
 #include "launch.cuh"
 #include "maxpool2x2_cuda.h"
 #include "numeric.cuh"
+#include "packet.cuh"
 
 namespace vgg_fast::cuda {
-
-template <typename T, int V>
-struct alignas(V * sizeof(T)) Packet {
-  T v[V];
-};
-
-template <typename T, int V>
-__device__ Packet<T, V> load(const void* from, int64_t element) {
-  return *reinterpret_cast<const Packet<T, V>*>(static_cast<const T*>(from) + element);
-}
-
-template <typename T, int V>
-__device__ void store(void* to, int64_t element, const Packet<T, V>& packet) {
-  *reinterpret_cast<Packet<T, V>*>(static_cast<T*>(to) + element) = packet;
-}
 
 // A window of the map, or of its edge: with an odd size the last row and column belong to no window.
 struct Window {

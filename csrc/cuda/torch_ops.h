@@ -15,7 +15,7 @@ using torch::stable::Tensor;
 
 // x: [N, Cin, H, W], fp32, fp16 or bf16 (channels_last; anything else is copied).
 // weight: [Cout, 3, 3, Cin] contiguous, the dtype of x; affine: fp32 [2, Cout] contiguous, scale >= 0 and shift.
-// kernel: cuda, cuda_tf32 or cuda_wgmma (Family, layer_cuda.h).
+// kernel: cuda, cuda_tf32, cuda_wgmma or cuda_wgmma_tf32 (Family, layer_cuda.h).
 // Returns channels_last [N, Cout, H, W], or [N, Cout, H / 2, W / 2] with pool.
 Tensor conv3x3(const Tensor& x, const Tensor& weight, const Tensor& affine, bool relu, bool pool,
                const std::string& kernel);

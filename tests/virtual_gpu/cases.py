@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import subprocess
-import tempfile
 from collections.abc import Callable
 from importlib import util
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tests.compiled import compiled
 from tests.virtual_gpu.launch import Entry, launch, ptx_entry, triton_entry
 from vgg_fast.kernels.configs import Architecture
 
@@ -122,14 +121,23 @@ def nvcc_ptx(source: Path, architecture: str) -> str:
     Raises:
         FileNotFoundError: without nvcc.
     """
+    return nvcc_ptx_file(source, architecture).read_text()
+
+
+def nvcc_cubin(source: Path, architecture: str) -> bytes:
+    """Machine code of this PTX; raises as :func:`nvcc_ptx`."""
+    ptx, nvcc = nvcc_ptx_file(source, architecture), find_nvcc()
+    assert nvcc is not None
+    return compiled([nvcc, "-O3", "-cubin", f"-arch=sm_{architecture}", ptx], [ptx], ".cubin").read_bytes()
+
+
+def nvcc_ptx_file(source: Path, architecture: str) -> Path:
     nvcc = find_nvcc()
     if nvcc is None:
         raise FileNotFoundError("nvcc: see csrc/cuda/build.py for where it is looked for")
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "kernel.ptx"
-        options = ["-std=c++17", "-O3", "-lineinfo", "-ptx", f"-arch=compute_{architecture}", "-I", str(CUDA)]
-        subprocess.run([nvcc, *options, "-o", str(target), str(source)], check=True)
-        return target.read_text()
+    options = ["-std=c++17", "-O3", "-lineinfo", "-ptx", f"-arch=compute_{architecture}", "-I", str(CUDA)]
+    read = [source, *CUDA.glob("*.cuh"), *CUDA.glob("*.h"), *source.parent.glob("*.cuh")]
+    return compiled([nvcc, *options, source], read, ".ptx")
 
 
 def cuda_conv3x3(
@@ -146,11 +154,12 @@ def cuda_conv3x3(
     out = channels_last(n, cout, h // 2 if pool else h, w // 2 if pool else w, dtype=x.dtype)
     code, name = DTYPES[x.dtype]
     down, across = (h // 2, w // 2) if pool else ((h + 1) // 2, (w + 1) // 2)
-    blocks = -(-n * down * across * -(-cout // 4) // 128)
+    warps = n * down * -(-across // 4) * -(-cout // 32)
+    packet = 1 if cin * x.element_size() % 32 else 4
     fields = {"x": x, "weight": weight, "affine": affine, "out": out, "n": n, "h": h, "w": w, "cin": cin, "cout": cout}
     arguments = (Conv3x3Args, fields | {"dtype": code, "relu": relu, "pool": pool})
-    entry = ptx_entry(nvcc_ptx(CUDA / "conv3x3.cu", target), f"conv3x3_kernel{name}")
-    launch(entry, (blocks,), [arguments], outputs=["out"], **options)
+    entry = ptx_entry(nvcc_ptx(CUDA / "conv3x3.cu", target), f"conv3x3_kernel{name}Li{packet}E")
+    launch(entry, (-(-warps // 4),), [arguments], outputs=["out"], **options)
     return out
 
 

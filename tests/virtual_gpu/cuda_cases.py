@@ -5,15 +5,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tests.compiled import compiled
 from tests.virtual_gpu import sm90
 from tests.virtual_gpu.cases import CUDA, DTYPES, ROOT, Conv3x3Args, Maxpool2x2Args, channels_last, nvcc_ptx
 from tests.virtual_gpu.launch import launch, ptx_entry
@@ -55,13 +53,14 @@ def planner() -> ctypes.CDLL:
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         raise FileNotFoundError("no C++ compiler on the PATH to compile csrc/cuda/*_plan.cpp with")
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "plan.so"
-        sources = [*sorted(CUDA.glob("*_plan.cpp")), ROOT / "tests" / "cuda_on_host" / "plan.cpp"]
-        options = ["-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-I", str(CUDA)]
-        subprocess.run([compiler, *options, *map(str, sources), "-o", str(library)], check=True)
-        loaded = ctypes.CDLL(str(library))
+    on_host = ROOT / "tests" / "cuda_on_host"
+    sources = [*sorted(CUDA.glob("*_plan.cpp")), on_host / "plan.cpp"]
+    options = ["-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    options += ["-I", str(on_host), "-I", str(CUDA)]
+    read = [*sources, *CUDA.glob("*.h"), *CUDA.glob("*.cuh"), *on_host.glob("*.h")]
+    loaded = ctypes.CDLL(str(compiled([compiler, *options, *sources], read, ".so")))
     loaded.mma_unsupported_for.restype = ctypes.c_char_p
+    loaded.plain_blocks_for.restype = ctypes.c_int64
     return loaded
 
 
@@ -87,7 +86,7 @@ def plan_block1(n: int, h: int, w: int) -> MmaPlan:
 
 
 TILES = ("256x128", "128x64", "256x64")  # kMmaTiles
-FAMILIES = ("cuda", "cuda_tf32", "cuda_wgmma")  # Family
+FAMILIES = ("cuda", "cuda_tf32", "cuda_wgmma", "cuda_wgmma_tf32")  # Family
 PLAIN, TENSOR_CORES, HOPPER = range(3)  # Kernel
 
 
@@ -97,6 +96,7 @@ class LayerPlan(ctypes.Structure):
     _fields_ = [
         ("args", Conv3x3Args),
         ("step", ctypes.c_int64),
+        ("aligned", ctypes.c_bool),
         ("kernel", ctypes.c_int),
         ("plan", MmaPlan),
         ("hopper", sm90.Plan),
@@ -123,7 +123,7 @@ def plan_chain(
     chain = (LayerPlan * len(couts))()
     n, cin, h, w = size
     for layer, cout, step in zip(chain, couts, program, strict=True):
-        layer.step = step
+        layer.step, layer.aligned = step, True
         args = layer.args
         args.n, args.h, args.w, args.cin, args.cout, args.dtype = n, h, w, cin, cout, DTYPES[dtype][0]
         cin, h, w = cout, h // (2 if step & 2 else 1), w // (2 if step & 2 else 1)

@@ -28,7 +28,7 @@ import torch
 import triton
 
 from tests.virtual_gpu import cuda_cases
-from tests.virtual_gpu.cases import CUDA, find_nvcc
+from tests.virtual_gpu.cases import CUDA, find_nvcc, nvcc_cubin
 from tests.virtual_gpu.launch import compile_triton
 from tests.virtual_gpu.sm90 import shared_bytes
 from vgg_fast.kernels import configs, conv3x3, maxpool2x2
@@ -147,17 +147,14 @@ def triton_row(sm: int, name: str, configuration: str, pool: bool, compiled: Any
 
 def cuda_rows(sm: int) -> Iterator[Row]:
     """One row for each dtype of each kernel of csrc/cuda; none without nvcc."""
-    if (nvcc := find_nvcc()) is None:
+    if find_nvcc() is None:
         print("no nvcc, see csrc/cuda/build.py for where it is looked for: no CUDA rows", file=sys.stderr)
         return
     for source in sorted(CUDA.glob("*.cu")):
         hopper = source.stem.endswith("_sm90")
         if hopper and sm != 90:
             continue
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            command = [nvcc, "-std=c++17", "-O3", "-cubin", f"-arch=sm_{sm}{'a' * hopper}", source, "-o", file.name]
-            subprocess.run(command, check=True)
-            cubin = Path(file.name).read_bytes()
+        cubin = nvcc_cubin(source, f"{sm}{'a' * hopper}")
         for row in rows_of(cubin, f"cuda {source.stem}", sm):
             yield Row(**row | {"shared": row["shared"] + dynamic_shared(source.stem, row["configuration"])})
 
@@ -168,7 +165,7 @@ def rows_of(cubin: bytes, kernel: str, sm: int) -> Iterator[dict[str, Any]]:
         file.write(cubin)
         file.flush()
         usage = run("cuobjdump", "-elf", "-res-usage", file.name)
-        listing = run("nvdisasm", "-c", file.name)
+        listing = run("nvdisasm", "-ndf", "-c", file.name)  # its dataflow analysis, a third of the time, adds nothing
     for text in listing.split("\n.text.")[1:]:
         name, body = text.split(":", 1)
         resources = re.search(rf"Function {re.escape(name)}:\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
@@ -207,7 +204,9 @@ def cuda_configuration(stem: str, name: str, dtype: str) -> str:
     if stem == "conv3x3_mma":
         return f"{dtype.replace('fp32', 'tf32')} {cuda_cases.TILES[int(numbers[0])]}"
     if stem == "conv3x3_sm90":
-        return f"{dtype} {numbers[0]}"
+        return f"{dtype.replace('fp32', 'tf32')} {numbers[0]}"
+    if stem == "conv3x3":
+        return f"{dtype} x{numbers[0]}"
     function = re.search(r"4cuda\d+(\w+?)_kernel", name)
     return f"{dtype} {function[1]} x{numbers[0]}" if stem == "maxpool2x2" and function else dtype
 

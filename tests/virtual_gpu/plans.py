@@ -7,20 +7,20 @@
 
 The functions that a GPU asks before it launches are asked here, so nothing is simulated and no GPU is needed. A tile is
 pixels x output channels (x the step of the inner product). Stages are those of the load pipeline, in csrc/cuda of
-pixels + weights. conv3x3_sm90 has blocks of pixels, four in a whole tile and two in half a one, and its stages in its
-source.
+pixels + weights. conv3x3_sm90 has blocks of pixels, four in a whole tile and two in half a one, all of 64 channels, and
+its stages in its source.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+import ctypes
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
-from tests.virtual_gpu import cuda_cases
+from tests.virtual_gpu import cuda_cases, sm90
 from vgg_fast.kernels.configs import Architecture
 from vgg_fast.models import cfgs
 from vgg_fast.reference import Step
@@ -111,11 +111,12 @@ def cuda_rows(chain: Chain, batch: int, dtype: torch.dtype, kernel: str, gpu: Ar
 
 
 def _cuda_row(layer: cuda_cases.LayerPlan, gpu: Architecture) -> Row:
-    cut, hopper, a = layer.plan, layer.hopper, layer.args
+    cut, hopper = layer.plan, layer.hopper
     if layer.in_next:
         return Row("block1", "in the next launch", "", 1, 0, 0)
     if layer.kernel == cuda_cases.HOPPER:
-        tile = f"{hopper.whole} whole, {(hopper.items - hopper.whole) // hopper.split} half"
+        halves = (hopper.items - hopper.whole) // hopper.split
+        tile = f"{hopper.rows}x{sm90.WIDTH}: {hopper.whole} whole, {halves} half"
         workspace = hopper.partial_bytes + hopper.counter_bytes
         return Row("conv3x3_sm90", tile, "", hopper.split, min(hopper.items, gpu.multiprocessors), workspace)
     if layer.kernel == cuda_cases.TENSOR_CORES:
@@ -125,9 +126,9 @@ def _cuda_row(layer: cuda_cases.LayerPlan, gpu: Architecture) -> Row:
             name, halos = "block1", 1  # the map between the two convolutions
         tile = f"{cuda_cases.TILES[cut.tile]}, strips of {cut.strip}"
         return Row(name, tile, f"{halos} + {weights}", cut.split, cut.ctas, cut.partial_bytes + cut.counter_bytes)
-    pool = bool(layer.step & Step.POOL)
-    quads = (a.h // 2) * (a.w // 2) if pool else math.ceil(a.h / 2) * math.ceil(a.w / 2)
-    return Row("conv3x3", "2x2 pixels x 4 a thread", "", 1, math.ceil(a.n * quads * math.ceil(a.cout / 4) / 128), 0)
+    layer.args.pool = bool(layer.step & Step.POOL)
+    blocks = cuda_cases.planner().plain_blocks_for(ctypes.byref(layer.args))
+    return Row("conv3x3", "2x2 pixels x 4 a thread", "", 1, blocks, 0)
 
 
 def table(chain: Chain, batch: int, precision: str, gpu: Architecture, kernel: str = "") -> str:

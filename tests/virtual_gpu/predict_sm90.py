@@ -47,7 +47,7 @@ def times(counters: Counters, gpu: Gpu, split: int) -> tuple[float, float]:
     bytes_gathered = sum(row.sectors for row in gathers) * SECTOR
     bytes_read = total.sectors * SECTOR - bytes_gathered
     clocks = (total.flops / gpu.tensor, total.issues / gpu.schedulers, total.wavefronts, bytes_read / l2)
-    after = bytes_gathered / l2 if split > 1 else 0.0
+    after = bytes_gathered / (items / split) / l2 if split > 1 else 0.0
     return (max(clocks) / items + after) / gpu.clock, total.sectors * SECTOR / items
 
 

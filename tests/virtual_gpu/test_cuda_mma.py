@@ -255,17 +255,9 @@ def survives(mutant: Mutant, entry: Entry, c: Case) -> bool:
 def test_every_small_wrong_is_found_out() -> None:
     if cases.find_nvcc() is None:
         pytest.skip("no nvcc to compile csrc/cuda with")
-    entry = ptx_entry(one_entry(cases.nvcc_ptx(cases.CUDA / "conv3x3_mma.cu", "80"), "MmaTraitsI6__halfLi1E"))
+    entry = ptx_entry(cases.nvcc_ptx(cases.CUDA / "conv3x3_mma.cu", "80"), "MmaTraitsI6__halfLi1E")
     living = [*mutants(entry)]
     assert len(living) >= 30, "little to mutate: the compiler writes other code than it used to"
     for c in MUTATED.values():
         living = [mutant for mutant in living if survives(mutant, entry, c)]
     assert [mutant.name for mutant in living] == []
-
-
-def one_entry(ptx: str, name: str) -> str:
-    """A text of several kernels without all but one of them, so that a mutant of it is parsed at once."""
-    header, *kernels = ptx.split(".visible .entry ")
-    (kernel,) = (k for k in kernels if name in k.split("(", 1)[0])
-    body, end = kernel[: kernel.index("\n}\n") + 3], kernels[-1][kernels[-1].index("\n}\n") + 3 :]
-    return f"{header}.visible .entry {body}{end}"

@@ -54,7 +54,7 @@ def test_what_is_printed(capsys):
     assert "| conv3x3_mma " in other
     assert "conv3x3_sm90" not in other
     main(["--gpu", "A100", "--batch", "1", "--dtype", "fp32", "--chain", "64,128", "--size", "8x6"])
-    assert "| conv3x3    | 2x2 pixels x 4 a thread |        | 1     | 3    |" in capsys.readouterr().out
+    assert "| conv3x3    | 2x2 pixels x 4 a thread |        | 1     | 4    |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from vgg_fast.accelerate import accelerate
 from vgg_fast.bench import peers
 from vgg_fast.bench.contest import Engine, Unsuitable
 from vgg_fast.bench.peers import GRAPH, OURS
+from vgg_fast.precision import float32_precision
 
 BENCHMARK = "cudnn.benchmark"
 
@@ -38,7 +39,7 @@ def engines(kernels: Sequence[str] = ("triton", "cuda"), backend: str = "auto") 
 
 
 def kernels_on(architecture: str) -> list[str]:
-    """What of ours is timed by name on a GPU: for fp32 its backends, for 16-bit tensors all that they have for them.
+    """What of ours is timed by name on a GPU, by the names for 16-bit tensors (:func:`by_kernel`).
 
     Example:
         >>> kernels_on("sm_80"), kernels_on("sm_90")
@@ -82,8 +83,13 @@ def ours(backend: str, network: nn.Sequential, x: Tensor) -> Callable[[], Tensor
 
 
 def by_kernel(kernel: str, network: nn.Sequential, x: Tensor) -> Callable[[], Tensor]:
-    """The accelerated network on one of :func:`kernels_on`; arguments and errors as of :func:`ours`."""
-    return ours(kernel if x.dtype is torch.float32 else selection.exactly(kernel), network, x)
+    """The accelerated network on one of :func:`kernels_on`; arguments and errors as of :func:`ours`.
+
+    Where fp32 is to be computed in tf32, on the kernel that does what this one does for 16-bit tensors.
+    """
+    in_tf32 = x.dtype is torch.float32 and float32_precision(device_type="cuda") != "highest"
+    name = f"{kernel}_tf32" if in_tf32 and f"{kernel}_tf32" in selection.GPU_KERNELS else kernel
+    return ours(selection.exactly(name), network, x)
 
 
 def graph(of: Engine, network: nn.Sequential, x: Tensor) -> Callable[[], Tensor]:

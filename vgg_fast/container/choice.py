@@ -50,6 +50,8 @@ def by_name(dtype: torch.dtype, device: torch.device, backend: str) -> tuple[str
     Raises:
         RuntimeError: as :func:`selection.choose`.
     """
+    if device.type != "cuda":
+        return selection.choose(dtype, device, backend), ""
     choose = partial(selection.choose, dtype, device, backend)
     kernel = tested(choose, partial(_fault, dtype=dtype, device=device))
     if not selection.switched_off(device):

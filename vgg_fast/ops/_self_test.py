@@ -34,8 +34,8 @@ class Chain(NamedTuple):
         channels: of the image and of every convolution's output.
         program: of ``conv_stack``.
         size: of an image.
-        fills: whether there are as many images as give each multiprocessor one tile of 256 pixels x 128 channels of the
-            last map; else there are two.
+        fills: whether there are half as many images as multiprocessors, which gives each of these a large tile; else
+            there are two.
     """
 
     channels: tuple[int, ...]
@@ -55,7 +55,8 @@ CHAINS = {
     "pixels that are not whole vectors": Chain((5, 24, 20, 7), (RELU | POOL | TAP, NONE, RELU | POOL | TAP), (13, 11)),
     "a first block": Chain((3, 64, 64, 128, 128), (RELU, RELU | POOL | TAP, RELU, RELU | POOL | TAP), (28, 20)),
     "a full GPU": Chain((64, 56, 248), (RELU | POOL, RELU | POOL), (32, 32), fills=True),
-    "a full Hopper": Chain((64, 64, 256), (RELU | POOL, RELU | POOL), (32, 32), fills=True),
+    # Blocks of 16 rows, then of 14; whole tiles, and half ones for the rest of the first grid.
+    "a full Hopper": Chain((64, 64, 256), (RELU | POOL, RELU | POOL), (44, 32), fills=True),
 }
 _passed: set[tuple[str, torch.dtype, torch.device]] = set()
 _lock = ForkLock()
@@ -70,7 +71,7 @@ def require(kernel: str, dtype: torch.dtype, device: torch.device, run: Run) -> 
         run: ``run(x, weights, affines, program, kernel)`` gives the taps and the result.
 
     Raises:
-        RuntimeError: it failed, now or before.
+        RuntimeError: it failed, now or before; or the device has no memory left to test it with, some 100 MB.
 
     Warns:
         RuntimeWarning: it failed now; how, and what to do.
@@ -131,6 +132,8 @@ def _chain_failure(
         results = run(x.to(device)[images], packed, [a.to(device) for a in affines], chain.program, kernel)
         results = [y.cpu() for y in results]  # waits, so that what fails on the device fails here
     except Exception as error:
+        if "out of memory" in str(error):  # says nothing of the kernel, which is tested at the next call
+            raise
         return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
     if len(results) != len(expected):
         return f"{len(results)} results instead of {len(expected)}"

@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -31,12 +32,23 @@ class Interrupted(KeyboardInterrupt):
         self.rows = rows
 
 
+def gradient(pool: Callable[[Tensor], Tensor], grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient in ``x`` of ``pool(x)``, by autograd, where ``grad`` is that in its result."""
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        return torch.autograd.grad(pool(x), x, grad)[0]
+
+
+_BACKWARD = partial(gradient, ops.maxpool2x2.maxpool2x2)
+
+
 @dataclass(frozen=True)
 class Ops:
     """The callables to be verified, by default the registered ops; a test puts a wrong one in their place."""
 
     conv3x3: Callable[..., Tensor] = ops.conv3x3.conv3x3
     maxpool2x2: Callable[..., Tensor] = ops.maxpool2x2.maxpool2x2
+    maxpool2x2_backward: Callable[..., Tensor] = _BACKWARD
     pack: Callable[..., tuple[Tensor, Tensor]] = torch.ops.vgg_fast.pack
     conv_stack: Callable[..., Tensor] = torch.ops.vgg_fast.conv_stack
     conv_stack_taps: Callable[..., list[Tensor]] = torch.ops.vgg_fast.conv_stack_taps
@@ -170,19 +182,29 @@ class _Run:
             network.check_chain(batch, row)
 
 
-def _pools(checked: Ops, device: torch.device, dtype: str) -> list[tuple[Row, Callable[[Tensor], Tensor]]]:
-    """Rows of the pool, and what to call: the op; on a GPU also the kernel of each family, whichever the op takes."""
+# What is right for each op of the pool, and who has kernels for it on a GPU.
+_POOLS: dict[str, Callable[..., Tensor]] = {
+    "maxpool2x2": reference.maxpool2x2,
+    "maxpool2x2_backward": partial(gradient, reference.maxpool2x2),
+}
+_POOL_KERNELS = [("maxpool2x2", "triton"), ("maxpool2x2", "cuda"), ("maxpool2x2_backward", "cuda")]
+
+
+def _pools(checked: Ops, device: torch.device, dtype: str) -> list[tuple[Row, Callable[..., Tensor]]]:
+    """Rows of the pool, and what to call: the ops; on a GPU also the kernels of each family, whichever the ops take."""
     name = "reference" if device.type == "cpu" and library.missing("_C") else device.type
-    result = [(Row("maxpool2x2", "auto" if device.type == "cuda" else name, dtype), checked.maxpool2x2)]
-    if device.type != "cuda":
-        return result
-    for kernel in ("triton", "cuda"):
-        row = Row("maxpool2x2", kernel, dtype, absent=_absent(torch.float32, device, kernel))
+    name = "auto" if device.type == "cuda" else name
+    result = [(Row(op, name, dtype), getattr(checked, op)) for op in _POOLS]
+    for op, kernel in _POOL_KERNELS if device.type == "cuda" else ():
+        row = Row(op, kernel, dtype, absent=_absent(torch.float32, device, kernel))
+        pool = getattr(checked, op)  # of an absent row nothing is called
         if kernel == "triton" and not row.absent:
-            from vgg_fast.kernels.maxpool2x2 import maxpool2x2 as pool
+            from vgg_fast.kernels.maxpool2x2 import maxpool2x2
+
+            pool = maxpool2x2
         elif not row.absent:
-            pool = torch.ops.vgg_fast_cuda.maxpool2x2
-        result.append((row, checked.maxpool2x2 if row.absent else pool))
+            pool = getattr(torch.ops.vgg_fast_cuda, op)
+        result.append((row, pool))
     return result
 
 
@@ -272,9 +294,9 @@ def _check_linear(checked: Ops, dtype: torch.dtype, device: torch.device, kernel
 
 
 def _check_maxpool(
-    pool: Callable[[Tensor], Tensor], shape: testing.Shape, dtype: torch.dtype, device: torch.device, row: Row
+    pool: Callable[..., Tensor], shape: testing.Shape, dtype: torch.dtype, device: torch.device, row: Row
 ) -> None:
-    """Random values, ties, and NaN and infinities sprinkled over them."""
+    """Random values, ties, and NaN and infinities sprinkled over them; for the gradient, random ones of the result."""
     if row.absent or min(shape.h, shape.w) < 2:
         return
     size = (shape.n, shape.cin, shape.h, shape.w)
@@ -287,8 +309,10 @@ def _check_maxpool(
         "ties": testing.integer_tensor(*size, limit=1, dtype=dtype),
         "NaN and infinities": special,
     }
+    grad = testing.random_tensor(shape.n, shape.cin, shape.h // 2, shape.w // 2, seed=1, dtype=dtype)
     for what, x in inputs.items():
-        expected = reference.maxpool2x2(x)
+        tensors = [x] if row.op == "maxpool2x2" else [grad, x]
+        expected = _POOLS[row.op](*tensors)
         for memory_format in FORMATS:
-            actual = pool(x.contiguous(memory_format=memory_format).to(device))
+            actual = pool(*(t.contiguous(memory_format=memory_format).to(device) for t in tensors))
             row.equal(actual, expected, f"{shape.name} {what}")

@@ -27,7 +27,8 @@ class Row:
     """What became of one op on one kernel in one dtype.
 
     Attributes:
-        op: ``conv3x3``, ``conv_stack`` (with ``pack`` and taps), ``maxpool2x2``, ``linear``, or a network's layers.
+        op: ``conv3x3``, ``conv_stack`` (with ``pack`` and taps), ``maxpool2x2`` and its ``_backward``, ``linear``, or a
+            network's layers.
         kernel: the kernel that was named in the call.
         dtype: as ``float32``.
         problems: how many results were judged.
