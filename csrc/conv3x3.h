@@ -36,6 +36,11 @@ constexpr int64_t element_size(DType t) { return t == DType::f32 ? 4 : 2; }
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// The first whole line from here on.
+inline char* next_line(void* memory) {
+  return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory) + kLine - 1) / kLine * kLine);
+}
+
 // Where a convolution writes: a blocked map, or an image of a tensor.
 struct Output {
   char* data;      // of output pixel (0, 0) of channel 0

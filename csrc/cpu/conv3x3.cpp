@@ -52,9 +52,7 @@ std::vector<double> read_vector(const std::optional<Tensor>& tensor, int64_t n, 
   }
   const DType dtype = dtype_of(*tensor, what);
   for (int64_t i = 0; i < n; ++i) {
-    values[i] = dtype == DType::f32    ? static_cast<const float*>(data)[i * stride]
-                : dtype == DType::bf16 ? bf16_to_float(static_cast<const uint16_t*>(data)[i * stride])
-                                       : f16_to_float(static_cast<const uint16_t*>(data)[i * stride]);
+    values[i] = read_value(static_cast<const char*>(data) + i * stride * element_size(dtype), dtype);
   }
   return values;
 }

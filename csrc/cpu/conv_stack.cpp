@@ -87,8 +87,7 @@ class Batch {
   // task_of(image): where its chain begins and ends.
   template <class TaskOf>
   void run(char* workspace, const TaskOf& task_of) const {
-    const auto address = reinterpret_cast<uintptr_t>(workspace);
-    char* base = reinterpret_cast<char*>((address + kLine - 1) / kLine * kLine);
+    char* base = next_line(workspace);
     const auto task = [&](int64_t image, int64_t slot) {
       Task one = task_of(image);
       one.workspace = base + slot * stack_.workspace_bytes();

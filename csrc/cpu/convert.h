@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../conv3x3.h"
+
 namespace vgg_fast {
 
 inline uint32_t bits_of(float value) {
@@ -55,6 +57,18 @@ inline uint16_t float_to_f16(float value) {
     return uint16_t(sign | (bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f)));
   }
   return uint16_t(sign | ((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1)) >> 13));
+}
+
+// The value at `data`, of any alignment.
+inline float read_value(const char* data, DType dtype) {
+  uint16_t half;
+  if (dtype == DType::f32) {
+    float value;
+    std::memcpy(&value, data, sizeof value);
+    return value;
+  }
+  std::memcpy(&half, data, sizeof half);
+  return dtype == DType::bf16 ? bf16_to_float(half) : f16_to_float(half);
 }
 
 }  // namespace vgg_fast

@@ -12,17 +12,6 @@
 namespace vgg_fast {
 namespace {
 
-float read_value(const char* data, DType dtype) {
-  uint16_t half;
-  if (dtype == DType::f32) {
-    float value;
-    std::memcpy(&value, data, sizeof value);
-    return value;
-  }
-  std::memcpy(&half, data, sizeof half);
-  return dtype == DType::bf16 ? bf16_to_float(half) : f16_to_float(half);
-}
-
 // A tensor [..., in] as rows of values; the leading dimensions count them.
 struct Rows {
   const Tensor& tensor;
@@ -66,10 +55,7 @@ uint32_t to_f24(float value) {
   return (bits + 0x7fu + ((bits >> 8) & 1)) >> 8;
 }
 
-char* aligned(const Tensor& bytes) {
-  const auto address = reinterpret_cast<uintptr_t>(bytes.mutable_data_ptr());
-  return reinterpret_cast<char*>((address + kLine - 1) / kLine * kLine);
-}
+char* aligned(const Tensor& bytes) { return next_line(bytes.mutable_data_ptr()); }
 
 Tensor empty_bytes(int64_t n, const Tensor& like) {
   return torch::stable::empty({n + kLine}, ScalarType::Byte, std::nullopt, like.device());

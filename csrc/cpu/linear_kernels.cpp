@@ -33,8 +33,8 @@ const LinearKernel& find_linear_kernel(const std::string& name, DType dtype, Pre
     if (name == "auto" && holds(kernel, dtype) && kernel.error <= wanted && lacking.empty()) return kernel;
     if (name != kernel.name) continue;
     if (!holds(kernel, dtype)) {
-      throw std::runtime_error("linear kernel '" + name +
-                               "' cannot hold tensors of this dtype; take avx512_f32 or auto");
+      throw std::runtime_error("linear kernel '" + name + "' cannot hold " +
+                               (dtype == DType::f16 ? "float16" : "bfloat16") + " tensors; take avx512_f32 or auto");
     }
     if (lacking.empty()) return kernel;
     throw std::runtime_error("linear kernel '" + name + "' needs the CPU flags '" + lacking +

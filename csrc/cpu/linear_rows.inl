@@ -76,8 +76,8 @@ inline void store_output(const LinearArgs& a, int64_t row, int64_t image, float 
   }
 }
 
-// For many images: `steps` vectors of each row as floats, side by side in L1, where
-// rows a power of two apart would push each other out.
+// For many images: `steps` vectors of each row as floats, side by side in L1, where rows a power of two apart would
+// push each other out.
 template <class Isa, WeightFormat kFormat>
 VGG_TARGET inline void expand(const char** rows, int64_t steps, float* to) {
   for (int r = 0; r < Isa::kRows; ++r) {

@@ -7,20 +7,7 @@
 namespace vgg_fast {
 namespace {
 
-// fp32 compares as it is; the 16-bit types through their float value. The first of equals stays, a NaN always wins.
-template <DType kType>
-float value_of(const char* p) {
-  if constexpr (kType == DType::f32) {
-    float value;
-    std::memcpy(&value, p, 4);
-    return value;
-  } else {
-    uint16_t bits;
-    std::memcpy(&bits, p, 2);
-    return kType == DType::bf16 ? bf16_to_float(bits) : f16_to_float(bits);
-  }
-}
-
+// Values compare as floats. The first of equals stays, a NaN always wins.
 template <DType kType>
 void pool_row(const Image& x, const Image& y, int64_t row) {
   constexpr int64_t kSize = element_size(kType);
@@ -37,9 +24,9 @@ void pool_row(const Image& x, const Image& y, int64_t row) {
     char* to = y.data + row * y.stride_h * kSize + o * y_outer;
     for (int64_t i = 0; i < inner; ++i, from += x_inner, to += y_inner) {
       const char* best = from;
-      float most = value_of<kType>(from);
+      float most = read_value(from, kType);
       for (const char* p : {from + right, from + down, from + down + right}) {
-        const float value = value_of<kType>(p);
+        const float value = read_value(p, kType);
         const bool take = value > most || std::isnan(value);
         most = take ? value : most;
         best = take ? p : best;

@@ -26,8 +26,7 @@ constexpr int64_t kResidentWeights = 5 << 18;
 char* scratch(int64_t bytes) {
   thread_local std::vector<char> buffer;
   if (int64_t(buffer.size()) < bytes + kLine) buffer.resize(bytes + kLine);
-  const auto address = reinterpret_cast<uintptr_t>(buffer.data());
-  return reinterpret_cast<char*>((address + kLine - 1) / kLine * kLine);
+  return next_line(buffer.data());
 }
 
 float* scratch_floats(int64_t floats) { return reinterpret_cast<float*>(scratch(floats * int64_t{sizeof(float)})); }

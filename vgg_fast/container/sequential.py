@@ -10,21 +10,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.modules import module as _module
-from torch.utils._device import DeviceContext
 
 import vgg_fast.ops  # noqa: F401  (declares torch.ops.vgg_fast)
 from vgg_fast import selection
-from vgg_fast.container import choice, linear_chains, training
+from vgg_fast.container import choice, guards, linear_chains, training
 from vgg_fast.container.chains import Chain, LinearChain, Plain, Plan, output_channels_last
-from vgg_fast.container.packs import FUSED_DTYPES, Pack, PackCache, Packed
+from vgg_fast.container.packs import FUSED_DTYPES, PackCache, Packed
 from vgg_fast.ops._layout import suggests_channels_last
 
 _STATE = "_vgg_fast_state"  # plan and packed weights, in the container's __dict__; never copied, pickled or saved
@@ -206,6 +203,43 @@ def _note(
             recording.append(segment)
 
 
+class _Call(NamedTuple):
+    """A forward of one chain, once nothing stands against running it at once.
+
+    Attributes:
+        plan, packs: of the container.
+        children: that the chain stands for.
+        tensors: the chain's parameters and statistics.
+        x: the input.
+        dtype: to compute in.
+        autocast: whether all that has another dtype is cast to it.
+        backend: as named to ``accelerate``.
+        gradients: whether the result needs them.
+    """
+
+    plan: Plan
+    packs: PackCache
+    children: tuple[nn.Module, ...]
+    tensors: list[Tensor]
+    x: Tensor
+    dtype: torch.dtype
+    autocast: bool
+    backend: str
+    gradients: bool
+
+    @property
+    def limit(self) -> int:
+        """The number of packs to keep: for two kernels or dtypes, and two more."""
+        return 2 * len(self.plan.sources) + 2
+
+    def casts_are_made(self) -> contextlib.AbstractContextManager[Any]:
+        """The casts of autocast are made by us; inside, nothing may be cast again."""
+        return torch.autocast(self.x.device.type, enabled=False) if self.autocast else contextlib.nullcontext()
+
+
+_Ran = tuple[Tensor, str, str]  # the output, the kernel, and how it was chosen
+
+
 def _run_chain(
     container: FusedSequential,
     state: _State,
@@ -215,168 +249,90 @@ def _run_chain(
     x: Any,
 ) -> Tensor | str:
     """The output of the chain, or the reason why its children have to run one by one."""
-    reason = _context_reason() or _input_reason(x, chain)
+    reason = guards.context_reason() or guards.input_reason(x, chain)
     if reason is not None:
         return reason
-    sources = plan.sources[chain.start]
-    tensors = sources.read()
+    tensors = plan.sources[chain.start].read()
     if tensors is None:
         state.plan = None
         return "a parameter came or went since the children were parsed"
     gradients = torch.is_grad_enabled() and torch._C._any_requires_grad(x, *tensors)
     if gradients and isinstance(chain, LinearChain):
         return "gradients are on and the input or a parameter requires them; use torch.no_grad() or inference_mode()"
-    device = x.device
-    autocast = device.type in _AUTOCAST and torch.is_autocast_enabled(device.type)
-    dtype = torch.get_autocast_dtype(device.type) if autocast else x.dtype
+    autocast = x.device.type in _AUTOCAST and torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
     backend = container.__dict__.get(_BACKEND, "auto")
     if x.dtype not in FUSED_DTYPES and (autocast or backend == "auto"):
         return f"{x.dtype} is not fused"
-    limit = 2 * len(plan.sources) + 2
-    if isinstance(chain, LinearChain):
-        with torch.autocast(device.type, enabled=False) if autocast else contextlib.nullcontext():
-            ran = linear_chains.run(chain, sources, tensors, x, dtype, autocast, backend, state.packs, limit)
-        if isinstance(ran, str):
-            return ran
-        y, kernel = ran
-        _note(container, chain.start, chain.stop, "", kernel)
-        return y
-
-    def run(kernel: str) -> Tensor | str:
-        pack = state.packs.get(chain, sources, tensors, kernel, dtype, autocast, limit)
-        if isinstance(pack, str):
-            return pack
-        if device != pack.device or x.shape[1] != pack.channels[0]:
-            wanted = f"{pack.channels[0]} channels on {pack.device}"
-            return f"the input is {tuple(x.shape)} on {device}, the weights want {wanted}"
-        last = output_channels_last(chain, suggests_channels_last(x), pack.channels_last, x.shape, pack.channels[1:])
-        if not autocast:
-            return _conv_stack(x, pack, chain, kernel, last)
-        # The casts that autocast would make, made here; inside, nothing may be cast again.
-        with torch.autocast(device.type, enabled=False):
-            return _conv_stack(x.to(dtype), pack, chain, kernel, last)
-
-    if device.type == "cuda" and backend == "auto":
-        if chain.batch or gradients:
-            return "gradients and batch statistics on a GPU are left to PyTorch"
-        verdict = choice.on_gpu(chain, children, tensors, x, dtype, run)
-        if verdict.kernel == selection.REFERENCE:
-            return verdict.reason
-        kernel, timed = verdict.kernel, verdict.reason
-    else:
-        kernel, timed = choice.by_name(dtype, device, backend)
-    if kernel == selection.REFERENCE:
-        if backend != "auto":
-            return "backend 'reference' was asked for"
-        # The full answer looks around the installation, which takes longer than a small convolution.
-        return selection.why_reference(dtype, device) if _recordings else "there is no fused kernel"
-    if chain.batch or gradients:
-        small = training.too_small(chain, x, tensors) if backend == "auto" else None
-        if small is not None:
-            return small
-        return _run_trainable(container, state, plan, chain, x, kernel, dtype, autocast)
-    result = run(kernel)
-    if isinstance(result, Tensor):
-        _note(container, chain.start, chain.stop, "", kernel, timed)
-    return result
-
-
-def _run_trainable(
-    container: FusedSequential,
-    state: _State,
-    plan: Plan,
-    chain: Chain,
-    x: Tensor,
-    kernel: str,
-    dtype: torch.dtype,
-    autocast: bool,
-) -> Tensor | str:
-    trainable = plan.trainable.get(chain.start) or plan.trainable.setdefault(
-        chain.start, training.Trainable(chain, plan.sources[chain.start], plan.modules)
-    )
-    with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
-        y = training.run_chain(trainable, state.packs, x, kernel, dtype, autocast)
-    if isinstance(y, Tensor):
-        _note(container, chain.start, chain.stop, "", kernel)
+    call = _Call(plan, state.packs, children, tensors, x, dtype, autocast, backend, gradients)
+    ran = _run_linear(chain, call) if isinstance(chain, LinearChain) else _run_convolutions(chain, call)
+    if isinstance(ran, str):
+        return ran
+    y, kernel, timed = ran
+    _note(container, chain.start, chain.stop, "", kernel, timed)
     return y
 
 
-def _conv_stack(x: Tensor, pack: Pack, chain: Chain, kernel: str, channels_last: bool) -> Tensor:
-    return torch.ops.vgg_fast.conv_stack.default(x, pack.weights, pack.affines, chain.program, kernel, channels_last)
+def _run_linear(chain: LinearChain, call: _Call) -> _Ran | str:
+    sources, x = call.plan.sources[chain.start], call.x
+    with call.casts_are_made():
+        ran = linear_chains.run(
+            chain, sources, call.tensors, x, call.dtype, call.autocast, call.backend, call.packs, call.limit
+        )
+    return ran if isinstance(ran, str) else (*ran, "")
 
 
-# --- when the children must see for themselves ----------------------------------------------------------------------
+def _run_convolutions(chain: Chain, call: _Call) -> _Ran | str:
+    chosen = _choose_kernel(chain, call)
+    if isinstance(chosen, str):
+        return chosen
+    kernel, timed = chosen
+    if chain.batch or call.gradients:
+        small = training.too_small(chain, call.x, call.tensors) if call.backend == "auto" else None
+        y = small or _run_trainable(chain, call, kernel)
+    else:
+        y = _run_packed(chain, call, kernel)
+    return y if isinstance(y, str) else (y, kernel, timed)
 
-_GLOBAL_HOOKS = (
-    _module._global_forward_hooks,
-    _module._global_forward_pre_hooks,
-    _module._global_backward_hooks,
-    _module._global_backward_pre_hooks,
-)
+
+def _choose_kernel(chain: Chain, call: _Call) -> tuple[str, str] | str:
+    """The kernel and how it was chosen, or the reason why there is none."""
+    device = call.x.device
+    if device.type == "cuda" and call.backend == "auto":
+        if chain.batch or call.gradients:
+            return "gradients and batch statistics on a GPU are left to PyTorch"
+        run = partial(_run_packed, chain, call)
+        verdict = choice.on_gpu(chain, call.children, call.tensors, call.x, call.dtype, run)
+        return verdict.reason if verdict.kernel == selection.REFERENCE else (verdict.kernel, verdict.reason)
+    kernel, stands_in = choice.by_name(call.dtype, device, call.backend)
+    if kernel != selection.REFERENCE:
+        return kernel, stands_in
+    if call.backend != "auto":
+        return "backend 'reference' was asked for"
+    # The full answer looks around the installation, which takes longer than a small convolution.
+    return selection.why_reference(call.dtype, device) if _recordings else "there is no fused kernel"
 
 
-def _replaceable() -> tuple[Any, ...]:
-    """What profilers and patches replace for all modules at once."""
-    return (
-        nn.Module.__call__,
-        nn.Conv2d.forward,
-        nn.Conv2d._conv_forward,
-        nn.BatchNorm2d.forward,
-        nn.ReLU.forward,
-        nn.MaxPool2d.forward,
-        nn.Linear.forward,
-        nn.Dropout.forward,
-        F.conv2d,
-        F.batch_norm,
-        F.relu,
-        F.max_pool2d,
-        F.linear,
-        F.dropout,
+def _run_packed(chain: Chain, call: _Call, kernel: str) -> Tensor | str:
+    x, sources = call.x, call.plan.sources[chain.start]
+    pack = call.packs.get(chain, sources, call.tensors, kernel, call.dtype, call.autocast, call.limit)
+    if isinstance(pack, str):
+        return pack
+    if x.device != pack.device or x.shape[1] != pack.channels[0]:
+        wanted = f"{pack.channels[0]} channels on {pack.device}"
+        return f"the input is {tuple(x.shape)} on {x.device}, the weights want {wanted}"
+    last = output_channels_last(chain, suggests_channels_last(x), pack.channels_last, x.shape, pack.channels[1:])
+    conv_stack, rest = torch.ops.vgg_fast.conv_stack.default, (pack.weights, pack.affines, chain.program, kernel, last)
+    if not call.autocast:
+        return conv_stack(x, *rest)
+    with call.casts_are_made():
+        return conv_stack(x.to(call.dtype), *rest)
+
+
+def _run_trainable(chain: Chain, call: _Call, kernel: str) -> Tensor | str:
+    plan = call.plan
+    trainable = plan.trainable.get(chain.start) or plan.trainable.setdefault(
+        chain.start, training.Trainable(chain, plan.sources[chain.start], plan.modules)
     )
-
-
-_ORIGINALS = _replaceable()
-
-
-def _context_reason() -> str | None:
-    """Why nothing may be fused at this moment, whatever the input."""
-    if torch._C._get_tracing_state() is not None:
-        return "torch.jit.trace is recording"
-    if torch._C._len_torch_dispatch_stack():
-        return "a TorchDispatchMode is active"
-    if torch._C._len_torch_function_stack() and not _only_device_contexts():
-        return "a TorchFunctionMode is active"
-    if torch._C._are_functorch_transforms_active():
-        return "a torch.func transform is active"
-    if forward_ad._current_level >= 0:
-        return "forward-mode differentiation is active"
-    if any(_GLOBAL_HOOKS):
-        return "global module hooks are registered"
-    if _replaceable() != _ORIGINALS:
-        return "a class or function that the children use was replaced (monkeypatched)"
-    return None
-
-
-def _only_device_contexts() -> bool:
-    # torch.set_default_device works through such a mode; it concerns the creation of tensors only.
-    count = torch._C._len_torch_function_stack()
-    return all(type(torch._C._get_function_stack_at(i)) is DeviceContext for i in range(count))
-
-
-def _input_reason(x: Any, chain: Chain | LinearChain) -> str | None:
-    if type(x) is not Tensor and type(x) is not nn.Parameter:
-        return f"the input is a {type(x).__name__}, not a plain Tensor"
-    if x.layout is not torch.strided or x.is_nested:
-        return f"the input's layout is not dense ({x.layout}, nested={x.is_nested})"
-    if isinstance(chain, LinearChain):
-        return linear_chains.input_reason(x)
-    if x.dim() != 4:
-        return f"the input has {x.dim()} dimensions, fused: 4"
-    _, channels, height, width = x.shape
-    if not x.numel():
-        return f"the input is empty: {tuple(x.shape)}"
-    if not (height >> chain.pools and width >> chain.pools):
-        return f"{height}x{width} is too small for {chain.pools} pools"
-    if channels == height == width == 1:
-        return "a 1x1 map of one channel is not worth it"  # and its strides do not tell its memory format
-    return None
+    with call.casts_are_made():
+        return training.run_chain(trainable, call.packs, call.x, kernel, call.dtype, call.autocast)

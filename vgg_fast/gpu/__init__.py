@@ -2,8 +2,8 @@
 
 from vgg_fast.gpu.device import Unavailable, describe, explain_lack, lacking, named, place, versions
 from vgg_fast.gpu.nvidia_smi import Clocks, clocks_under, parse_clocks, said_under
-from vgg_fast.gpu.precision import FLOAT32, float32, float32_name
 from vgg_fast.gpu.stream import capturing, clock, keep_busy, synchronize
+from vgg_fast.precision import FLOAT32, float32, float32_name
 
 __all__ = [
     "FLOAT32",
