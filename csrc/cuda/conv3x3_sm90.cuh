@@ -181,11 +181,9 @@ __device__ void produce(const CUtensorMap& x, const CUtensorMap& weight, const T
 // A thread's accumulators of a block: sums[4 * y + 2 * s + e] is of pixel (y, 2 * (lane % 4) + e), and of row 8 * s +
 // lane / 4 of the warp's 16 rows of weights. So a warp has matrices of 8 rows by 8 pixels, a channel a row, and for
 // full sectors 8 neighbouring channels of a pixel must be stored at once.
-//   fp32: they are 32 bytes, in eight lanes. Row 8 * s + r is channel 8 * s + r.
-//   16 bits: movmatrix turns a matrix around, and a thread has two channels of one pixel. Row 8 * s + 2 * r + e is
-//   channel
-//            4 * r + 2 * s + e, so the two of the other s are their neighbours: 8 bytes a thread, 32 in four lanes.
-// (encode_weights has it so.)
+// fp32: they are 32 bytes, in eight lanes; row 8 * s + r is channel 8 * s + r. 16 bits: movmatrix turns a matrix
+// around, and a thread has two channels of one pixel. Row 8 * s + 2 * r + e is channel 4 * r + 2 * s + e, so the two of
+// the other s are their neighbours: 8 bytes a thread, 32 in four lanes. (encode_weights has it so.)
 template <typename T>
 constexpr bool kTurned = sizeof(T) == 2;
 
