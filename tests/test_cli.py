@@ -346,7 +346,9 @@ def test_convert(tmp_path):
 def test_ctrl_c_is_clean():
     """In a real terminal, in the middle of the work, which the progress bar shows."""
     terminal, theirs = pty.openpty()
-    command = [sys.executable, "-c", "from vgg_fast.cli import main; main()", "verify"]
+    # Shells let what they start in the background ignore Ctrl-C, and all that this starts inherits it.
+    listening = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = [sys.executable, "-c", f"{listening}; from vgg_fast.cli import main; main()", "verify"]
     process = subprocess.Popen(
         command,
         cwd=ROOT,
