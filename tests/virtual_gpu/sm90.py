@@ -19,7 +19,7 @@ from tests.virtual_gpu.cases import CUDA, DTYPES, ROOT, channels_last, find_nvcc
 from tests.virtual_gpu.launch import Entry, Mapped, launch, ptx_entry
 
 MULTIPROCESSORS = 132  # of H100 and H200, SXM
-THREADS, WIDTH, COLUMNS, HEIGHTS = 384, 8, 64, (14, 16)  # as in conv3x3_sm90.cuh
+THREADS, WIDTH, COLUMNS, HEIGHTS = 384, 8, 64, (14, 16)  # as in conv3x3_sm90_traits.cuh
 
 
 class Problem(ctypes.Structure):
@@ -105,7 +105,7 @@ def plan(wanted: Problem, multiprocessors: int = MULTIPROCESSORS) -> Plan:
 
 def shared_bytes(rows: int) -> int:
     """Dynamic shared memory with blocks of so many rows, as the source states it."""
-    found = re.search(rf"Layout<{rows}>::kBytes == (\d+)", (CUDA / "conv3x3_sm90.cuh").read_text())
+    found = re.search(rf"Layout<{rows}>::kBytes == (\d+)", (CUDA / "conv3x3_sm90_traits.cuh").read_text())
     assert found is not None
     return int(found[1])
 
