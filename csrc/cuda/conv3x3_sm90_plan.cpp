@@ -8,8 +8,6 @@ namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
 // Clocks for each row of a block: a chunk of a half tile is 9 taps x 4 k-steps x 2 consumers, 4 clocks each; a part of
 // a shared sum is 4 KB, written by all and read by the last to come, at 39 bytes a clock (the L2's share of a
 // multiprocessor that counters.py assumes).

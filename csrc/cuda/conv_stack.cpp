@@ -11,8 +11,6 @@
 namespace vgg_fast::cuda {
 namespace {
 
-int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
 int64_t rounded(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
 // Offsets into the workspace: partial sums and counters that the layers use one after the other, and two maps that

@@ -1,9 +1,13 @@
 // What every CUDA launch of this project is described with: no torch, no CUDA headers.
 #pragma once
 
+#include <cstdint>
+
 namespace vgg_fast::cuda {
 
 enum class DType { kFloat32, kFloat16, kBFloat16 };
+
+inline int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 // Where a launch goes: a device and one of its streams (a cudaStream_t).
 struct Queue {

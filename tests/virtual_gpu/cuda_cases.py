@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.compiled import compiled
 from tests.virtual_gpu import sm90
 from tests.virtual_gpu.cases import CUDA, DTYPES, ROOT, Conv3x3Args, Maxpool2x2Args, channels_last, nvcc_ptx
-from tests.virtual_gpu.launch import launch, ptx_entry
+from tests.virtual_gpu.launch import Entry, launch, ptx_entry
 from vgg_fast.kernels.configs import Architecture
 
 A100, H100 = 108, 132  # multiprocessors
@@ -142,6 +142,7 @@ def conv3x3_mma(
     tile: int = -1,
     split: int = 0,
     cut: MmaPlan | None = None,
+    change: Callable[[Entry], Entry] = lambda entry: entry,
     **options: Any,
 ) -> dict[str, Tensor]:
     """``x`` channels_last, ``weight`` [Cout, Cin, 3, 3]; what is asked for of ``out`` and ``pooled``."""
@@ -163,7 +164,7 @@ def conv3x3_mma(
     name = f"MmaTraitsI{DTYPES[x.dtype][1].removeprefix('I')}Li{cut.tile}E"
     entry = ptx_entry(nvcc_ptx(CUDA / "conv3x3_mma.cu", target), name)
     options |= {"outputs": [*results], "scratch": [*scratch], "shared_bytes": cut.shared_bytes}
-    launch(entry, (cut.ctas,), [(MmaArgs, fields | results | scratch)], **options)
+    launch(change(entry), (cut.ctas,), [(MmaArgs, fields | results | scratch)], **options)
     if scratch:
         assert not scratch["arrived"].any(), "the counters are not ready for the next launch"
     return results
@@ -187,6 +188,7 @@ def block1(
     out: bool = True,
     pooled: bool = True,
     target: str = "80",
+    change: Callable[[Entry], Entry] = lambda entry: entry,
     **options: Any,
 ) -> dict[str, Tensor]:
     """Two convolutions with ReLU; ``x`` channels_last, weights [Cout, Cin, 3, 3]."""
@@ -204,7 +206,7 @@ def block1(
         results["pooled"] = channels_last(n, cout, h // 2, w // 2, dtype=x.dtype)
     entry = ptx_entry(nvcc_ptx(CUDA / "block1.cu", target), f"block1_kernel{DTYPES[x.dtype][1]}")
     options |= {"outputs": [*results], "shared_bytes": cut.shared_bytes}
-    launch(entry, (cut.rows,), [(Block1Args, fields | results)], **options)
+    launch(change(entry), (cut.rows,), [(Block1Args, fields | results)], **options)
     return results
 
 

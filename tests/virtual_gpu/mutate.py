@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+import torch
+from torch import Tensor
+
+from tests.virtual_gpu import KernelError
 from tests.virtual_gpu.compile import Code
 from tests.virtual_gpu.launch import Entry
 from tests.virtual_gpu.parse import Instruction, parse
+from vgg_fast import reference
 
 NOTHING = "bar.warp.sync -1;"
 
@@ -29,6 +35,20 @@ def apply(wrongs: Iterable[Mutant], entry: Entry) -> Entry:
         lines[mutant.line - 1] = mutant.text
     ptx = "\n".join(_alone(lines, entry.code.name))
     return replace(entry, code=Code(parse(ptx)[entry.code.name]), ptx=ptx)
+
+
+def survives(mutant: Mutant, run: Callable[..., Mapping[str, Tensor]], expected: Tensor) -> bool:
+    """Whether a kernel passes for right with this wrong in it.
+
+    Args:
+        run: launches the kernel after ``change=``; gives ``out`` and ``pooled``.
+        expected: of ``out``.
+    """
+    try:
+        results = run(change=functools.partial(apply, [mutant]))
+    except (KernelError, AssertionError):
+        return False
+    return torch.equal(results["out"], expected) and torch.equal(results["pooled"], reference.maxpool2x2(expected))
 
 
 def _alone(lines: list[str], name: str) -> Iterator[str]:

@@ -6,15 +6,13 @@ import ctypes
 import functools
 import math
 import re
-import subprocess
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tests.compiled import compiled
 from tests.virtual_gpu.cases import CUDA, DTYPES, ROOT, channels_last, find_nvcc, nvcc_ptx
 from tests.virtual_gpu.launch import Entry, Mapped, launch, ptx_entry
 
@@ -61,10 +59,8 @@ def host() -> ctypes.CDLL:
     options = ["-std=c++17", "-O1", "-shared", "-Xcompiler", "-fPIC,-Wall,-Wextra,-Werror", "--cudart", "none"]
     options += ["-Xlinker", "-Bsymbolic,--no-undefined"]  # PyTorch may have brought the true runtime into this process
     options += ["-gencode", "arch=compute_90a,code=compute_90a", "-I", str(CUDA)]
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "host.so"
-        subprocess.run([nvcc, *options, *map(str, sources), "-o", str(library)], check=True)
-        loaded = ctypes.CDLL(str(library))
+    read = [*sources, *CUDA.glob("*.h"), *CUDA.glob("*.cuh")]
+    loaded = ctypes.CDLL(str(compiled([nvcc, *options, *sources], read, ".so")))
     loaded.sm90_unsupported_for.restype = loaded.launch_sm90.restype = ctypes.c_char_p
     loaded.recorded_launch.restype = ctypes.POINTER(RecordedLaunch)
     loaded.recorded_map.restype = ctypes.POINTER(RecordedMap)

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.virtual_gpu import KernelError, cases, sm90
+from tests.virtual_gpu import cases, sm90
 from tests.virtual_gpu.async_agents import SCHEDULES
 from tests.virtual_gpu.counters import Counters
-from tests.virtual_gpu.mutate import Mutant, apply, mutants
+from tests.virtual_gpu.mutate import mutants, survives
 from vgg_fast import reference, testing
 
 HALF, BF16, TF32 = torch.float16, torch.bfloat16, torch.float32
@@ -271,20 +271,12 @@ WAIVED = {
 }
 
 
-def survives(mutant: Mutant, arguments: tuple[Tensor, Tensor, Tensor], multiprocessors: int, expected: Tensor) -> bool:
-    change = functools.partial(apply, [mutant])
-    try:
-        results = sm90.conv3x3(*arguments, True, True, True, multiprocessors, change=change)
-    except KernelError:
-        return False
-    return torch.equal(results["out"], expected) and torch.equal(results["pooled"], reference.maxpool2x2(expected))
-
-
 def test_mutants_are_killed() -> None:
     living = list(mutants(sm90.entry(HALF, 14)))
     assert len(living) >= 40, "little to mutate: the compiler writes other code than it used to"
     for cin, cout, h, w, multiprocessors in MUTATED:
         x, weight, affine = inputs(testing.Shape("", 1, cin, cout, h, w, ""), HALF, integers=True)
         expected = reference.conv3x3_affine(x.float(), weight.float(), affine, relu=True, pool=False).half()
-        living = [m for m in living if survives(m, (x, weight, affine), multiprocessors, expected)]
+        run = functools.partial(sm90.conv3x3, x, weight, affine, True, True, True, multiprocessors)
+        living = [m for m in living if survives(m, run, expected)]
     assert {mutant.name for mutant in living} == set(WAIVED)

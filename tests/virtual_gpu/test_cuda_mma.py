@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.virtual_gpu import Entry, KernelError, cases, cuda_cases, predict_cuda, predicted, ptx_entry
+from tests.virtual_gpu import cases, cuda_cases, predict_cuda, predicted, ptx_entry
 from tests.virtual_gpu.async_agents import SCHEDULES
 from tests.virtual_gpu.counters import Counters
 from tests.virtual_gpu.cuda_cases import MmaArgs, conv3x3_mma, plan, planner, problem
-from tests.virtual_gpu.mutate import Mutant, apply, mutants
+from tests.virtual_gpu.mutate import mutants, survives
 from vgg_fast import reference, testing
 
 TARGETS = ("80", "90")
@@ -253,18 +254,6 @@ MUTATED = {  # in turn, those that the ones before did not find out
 LATE_FIRST = {"schedule": "random", "seed": 5}  # in which it so happens
 
 
-def survives(mutant: Mutant, entry: Entry, c: Case, **schedule: Any) -> bool:
-    x, weight, affine = inputs(c, integers=True)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cuda_cases, "ptx_entry", lambda *_: apply([mutant], entry))
-            results = conv3x3_mma(x, weight, affine, True, True, True, tile=c.tile, split=c.split, **schedule)
-    except (KernelError, AssertionError):
-        return False
-    expected = reference.conv3x3_affine(x.float(), weight.float(), affine, relu=True, pool=False).half()
-    return torch.equal(results["out"], expected) and torch.equal(results["pooled"], reference.maxpool2x2(expected))
-
-
 def test_every_small_wrong_is_found_out() -> None:
     if cases.find_nvcc() is None:
         pytest.skip("no nvcc to compile csrc/cuda with")
@@ -273,5 +262,10 @@ def test_every_small_wrong_is_found_out() -> None:
     assert len(living) >= 30, "little to mutate: the compiler writes other code than it used to"
     for why, c in MUTATED.items():
         schedule = LATE_FIRST if "first CTA" in why else {}
-        living = [mutant for mutant in living if survives(mutant, entry, c, **schedule)]
+        x, weight, affine = inputs(c, integers=True)
+        run = functools.partial(
+            conv3x3_mma, x, weight, affine, True, True, True, tile=c.tile, split=c.split, **schedule
+        )
+        expected = reference.conv3x3_affine(x.float(), weight.float(), affine, relu=True, pool=False).half()
+        living = [m for m in living if survives(m, run, expected)]
     assert [mutant.name for mutant in living] == []
